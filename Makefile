@@ -1,0 +1,46 @@
+# Every target makes its own environment first: the machine needs Python >= 3.11, make and git, nothing else.
+#   make test PYTHON=python3.12 VENV=/tmp/venv      another interpreter, another place for the environment
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+# Nothing here may fetch models or datasets: a test that tries fails at once instead of waiting for a network.
+export HF_HUB_OFFLINE = 1
+
+.PHONY: help venv test test-slow lint bench clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+test: venv  ## run the tests, without those marked slow
+	$(BIN)/python -m pytest
+
+test-slow: venv  ## run the heavy tests only
+	$(BIN)/python -m pytest -m slow
+
+lint: venv  ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: venv  ## measure the model against transformers' own, print the table
+	$(BIN)/python tests/benchmarks/run.py
+
+clean:  ## remove the environment and what the tools leave behind
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv: $(STAMP)
+
+# Installs again when the lock or the project file changes; otherwise costs nothing.
+# No build isolation: the lock already holds setuptools, so nothing is fetched to install the project itself.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python >= 3.11 is needed, and $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.11")'
+	@echo "installing requirements.lock into $(VENV) (a minute or more the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,743 @@
+"""The models: DeepSeek V2 and V3 (R1, Moonlight, Kimi-K2) as `PreTrainedModel`s. The only file that knows all others.
+
+One set of classes serves both families; the `DeepseekV2...` and `DeepseekV3...` classes at the end bind it to a
+configuration class and to the names that transformers, TRL and serving engines go by.
+
+Legend: B batch, S tokens, D hidden size, T = B x S, E routed experts, K experts per token, N sequences.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_deepseek import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
+from .conversion import (
+    BLOCK_SIZE,
+    LoadingPlan,
+    hub_tensors,
+    open_checkpoint,
+    stored_mtp_modules,
+)
+from .decoder_layer import DeepseekDecoderLayer
+from .layers import DeepseekRMSNorm
+from .mla import DeepseekMLA, choose_mla_path, is_flash
+from .moe import DeepseekExperts, DeepseekGate, load_balancing_loss
+from .mtp import DeepseekMTPLayer, document_ids, same_document, shift_left, targets_ahead
+from .rope import rope_angles, rope_frequencies, rope_magnitudes
+
+logger = logging.get_logger(__name__)
+
+# What a checkpoint needs beside it to be loaded by `trust_remote_code=True`: this flat folder's travelling part.
+TRAVELLING_FILES = (
+    "configuration_deepseek.py",
+    "rope.py",
+    "layers.py",
+    "mla.py",
+    "moe.py",
+    "decoder_layer.py",
+    "mtp.py",
+    "conversion.py",
+    "modeling_deepseek.py",
+)
+
+
+@dataclass
+class DeepseekModelOutput(MoeModelOutputWithPast):
+    """transformers' output with `aux_loss`, the balance loss summed over layers and not yet times its alpha, and
+    `pre_norm_hidden_state` (B, S, D), there only where the MTP modules want the state before the final norm."""
+
+    aux_loss: torch.Tensor | None = None
+    pre_norm_hidden_state: torch.Tensor | None = None
+
+
+@dataclass
+class DeepseekCausalLMOutput(MoeCausalLMOutputWithPast):
+    """transformers' output with the parts of `loss`:
+
+    loss = lm_loss + mtp_loss_weight * mean(mtp_losses) + aux_loss_alpha * aux_loss
+
+    `lm_loss` is next-token cross-entropy alone, `mtp_losses` one value a module. All but `loss` carry no gradient.
+    """
+
+    lm_loss: torch.Tensor | None = None
+    mtp_losses: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class SequenceContext:
+    """What every layer needs to know about the tokens at hand."""
+
+    attention_mask: Any  # for the attention interface in use
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]  # cos and sin, (B, S, R/2) float32
+    documents_BS: torch.Tensor | None  # document of each token, None where each row is one
+    valid_BS: torch.Tensor | None  # False for padding, None where there is none
+
+
+class DeepseekRotaryEmbedding(nn.Module):
+    """Turns positions into cos and sin, in float32 whatever the model's dtype."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: DeepseekConfig):
+        super().__init__()
+        self.config = config
+        self.magnitude = rope_magnitudes(config.rope_parameters)[0]
+        self.register_buffer("inv_freq", self.frequencies(), persistent=False)
+
+    def frequencies(self) -> torch.Tensor:
+        return rope_frequencies(self.config.rope_parameters, self.config.qk_rope_head_dim)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != torch.float32:  # `model.to(bfloat16)` must not round the angles
+            self.inv_freq = self.frequencies().to(self.inv_freq.device)
+        return self
+
+    @torch.no_grad()
+    def forward(self, position_ids_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rope_angles(position_ids_BS, self.inv_freq.float(), self.magnitude)
+
+
+class DeepseekPreTrainedModel(PreTrainedModel):
+    """Loading, saving and balancing, for every model of both families."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepseekDecoderLayer", "DeepseekMTPLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": DeepseekDecoderLayer, "attentions": DeepseekMLA}
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    def __init__(self, config: DeepseekConfig, *args: Any, **kwargs: Any):
+        config.check()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DeepseekRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, DeepseekGate):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, DeepseekExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, DeepseekRotaryEmbedding):
+            init.copy_(module.inv_freq, module.frequencies())
+
+    def update_correction_bias(self, group: dist.ProcessGroup | None = None) -> dict[int, torch.Tensor]:
+        """Auxiliary-loss-free balancing (V3 2.1.2): call once after each optimizer step.
+
+        Moves every gate's `e_score_correction_bias` by `config.bias_update_speed` against the load counted since the
+        last call: all tokens of all micro-batches and processes (`group`, default all), padding left out, tokens
+        recomputed by gradient checkpointing counted once. With `config.freeze_correction_bias`, speed 0 or a gate
+        without a bias it only reads and resets the counts.
+
+        Returns:
+            Tokens per expert, (E,) int64, for each MoE layer's index (MTP modules count on from
+            `num_hidden_layers`). `moe.max_violation` makes one number of it.
+        """
+        layers = self.base_model.layers
+        return {
+            index: layer.mlp.gate.update_correction_bias(group) for index, layer in enumerate(layers) if layer.is_moe
+        }
+
+    # Loading
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """As transformers', and:
+
+        - FP8 block checkpoints load into `dtype` (the file's own `torch_dtype`, bfloat16 in the releases, by default)
+          on any device, exactly: fp8 times scale in float32, rounded once.
+        - `num_nextn_predict_layers=0` leaves the MTP modules out; more than the checkpoint has adds fresh ones. A
+          checkpoint that promises modules and has no tensor of them (as transformers saves it) loads without, with a
+          warning, and its configuration then says so.
+
+        Raises:
+            CheckpointError (a ValueError): for missing, surplus or misshapen tensors, wrong FP8 grids and truncated
+                files, naming the tensor. Only a new classification head may be missing.
+        """
+        quantization_config = kwargs.get("quantization_config")
+        if not isinstance(config, DeepseekConfig) and pretrained_model_name_or_path is not None:
+            config, kwargs = cls.config_class.from_pretrained(
+                config if config is not None else pretrained_model_name_or_path,
+                return_unused_kwargs=True,
+                **kwargs,
+            )
+        config = copy.deepcopy(config)
+        stored_as = getattr(config, "quantization_config", None)
+        if quantization_config is None and isinstance(stored_as, dict) and stored_as.get("quant_method") == "fp8":
+            block_size = stored_as.get("weight_block_size") or BLOCK_SIZE
+            del config.quantization_config  # or transformers would put its own FP8 layers in place of ours
+            config._fp8_block_size = tuple(block_size)
+            if config.dtype is None:
+                config.dtype = torch.bfloat16
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        """transformers' own loading, fed with parameters that are read, stacked and dequantised one at a time.
+        Where its pieces must come from files themselves (shards for several devices, offloading to disk, layers that
+        quantise on load, formats other than safetensors), theirs."""
+        config = model.config
+        block_size = config.__dict__.pop("_fp8_block_size", None)
+        device_map = load_config.device_map or {}
+        plain = (
+            checkpoint_files is not None
+            and all(file.endswith(".safetensors") for file in checkpoint_files)
+            and load_config.hf_quantizer is None
+            and load_config.device_mesh is None
+            and "disk" not in device_map.values()
+        )
+        if plain:
+            stored = open_checkpoint(checkpoint_files)
+            _settle_mtp_modules(model, stored, checkpoint_files[0])
+            plan = LoadingPlan(
+                config,
+                model.state_dict(),
+                stored,
+                block_size or BLOCK_SIZE,
+                optional=lambda name: _may_be_missing(model, name),
+                any_shape=load_config.ignore_mismatched_sizes,
+            )
+            plan.check_mtp_copies()
+            plan.raise_for_leftovers()
+            state_dict, checkpoint_files = plan.parameters, None
+            load_config = dataclasses.replace(load_config, weight_mapping=[])
+        elif block_size is not None:
+            raise ValueError(
+                "an FP8 checkpoint cannot be loaded together with disk offloading, a device mesh, or a quantization "
+                "other than its own; load it once, save it without `fp8=True`, and load that"
+            )
+        result = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        if plain:
+            model._weight_conversions = None  # saving goes by the registered layout, not by what loading used
+        return result
+
+    # Saving
+
+    def save_pretrained(self, save_directory, *, state_dict=None, fp8=False, save_code=False, **kwargs):
+        """As transformers', in the Hub's layout: one tensor for each expert, MTP modules with their copies of the
+        shared embedding and head.
+
+        Args:
+            fp8: store the layers' matrices as e4m3 in 128 x 128 blocks with scales, as the releases are. Lossy; runs
+                on CPU as well.
+            save_code: put the model's code beside the weights and point `auto_map` to it, so that
+                `trust_remote_code=True` loads these classes where this package is not installed.
+        """
+        as_it_is = (
+            getattr(self, "_hf_peft_config_loaded", False)
+            or getattr(self, "hf_quantizer", None) is not None
+            or getattr(self.config, "distributed_config", None) is not None
+            or any(parameter.is_meta for parameter in self.parameters())
+            or kwargs.get("distributed_checkpoint", False)
+        )
+        if as_it_is and fp8:
+            raise ValueError("`fp8=True` needs a whole model in memory: no adapters, quantised, sharded or offloaded one")
+        had_quantization = getattr(self.config, "quantization_config", None)
+        had_auto_map = getattr(self.config, "auto_map", None)
+        if not as_it_is:
+            state_dict = dict(hub_tensors(self.config, state_dict or self.state_dict(), fp8))
+            kwargs["save_original_format"] = False
+        try:
+            if fp8:
+                self.config.quantization_config = {
+                    "activation_scheme": "dynamic",
+                    "fmt": "e4m3",
+                    "quant_method": "fp8",
+                    "weight_block_size": list(BLOCK_SIZE),
+                }
+            if save_code:
+                self.config.auto_map = self._auto_map()
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        finally:
+            for name, value in (("quantization_config", had_quantization), ("auto_map", had_auto_map)):
+                if value is not None:
+                    setattr(self.config, name, value)
+                elif hasattr(self.config, name):
+                    delattr(self.config, name)
+        if save_code:
+            here = Path(__file__).parent
+            for name in TRAVELLING_FILES:
+                shutil.copyfile(here / name, Path(save_directory) / name)
+
+    @classmethod
+    def _auto_map(cls) -> dict[str, str]:
+        family = cls.config_class.__name__.removesuffix("Config")
+        classes = {
+            "AutoModel": "Model",
+            "AutoModelForCausalLM": "ForCausalLM",
+            "AutoModelForSequenceClassification": "ForSequenceClassification",
+            "AutoModelForTokenClassification": "ForTokenClassification",
+        }
+        auto_map = {auto: f"modeling_deepseek.{family}{name}" for auto, name in classes.items()}
+        return {"AutoConfig": f"configuration_deepseek.{family}Config", **auto_map}
+
+
+def _may_be_missing(model: PreTrainedModel, name: str) -> bool:
+    """New heads, weights tied to another, and MTP modules that were asked for beyond the checkpoint's."""
+    if name.startswith("score.") or name in model.all_tied_weights_keys:
+        return True
+    return name.startswith(tuple(getattr(model, "_fresh_modules", ())))
+
+
+def _settle_mtp_modules(model: "DeepseekPreTrainedModel", stored: dict[str, Any], file: str) -> None:
+    """Decides for the MTP modules of which the checkpoint has nothing: dropped if only its configuration promised
+    them, fresh if the caller asked for more than it promised. Anything in between is left to be missed."""
+    config, base = model.config, model.base_model
+    first, wanted = config.num_hidden_layers, config.num_nextn_predict_layers
+    absent = set(range(wanted)) - stored_mtp_modules(stored, first)
+    if not absent:
+        return
+    config_file = os.path.join(os.path.dirname(file), "config.json")
+    promised = wanted
+    if os.path.exists(config_file):
+        with open(config_file, encoding="utf-8") as stream:
+            promised = json.load(stream).get("num_nextn_predict_layers") or 0
+    fresh = {module for module in absent if module >= promised}
+    if fresh:
+        prefix = "" if base is model else f"{model.base_model_prefix}."
+        model._fresh_modules = [f"{prefix}layers.{first + module}." for module in fresh]
+        logger.warning(f"MTP modules {sorted(fresh)} are not in the checkpoint and start from random weights.")
+    elif absent == set(range(wanted)):
+        logger.warning(
+            f"config.json says num_nextn_predict_layers={promised}, but the checkpoint has no tensor of layer {first}: "
+            "it is loaded without MTP modules."
+        )
+        base.layers = base.layers[:first]
+        config.num_nextn_predict_layers = 0
+
+
+class DeepseekModel(DeepseekPreTrainedModel):
+    """The decoder stack. `layers` holds `num_hidden_layers` layers and behind them the MTP modules, as the files do;
+    `forward` runs the former, `run_mtp_layer` one of the latter."""
+
+    def __init__(self, config: DeepseekConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        layers: list[nn.Module] = [DeepseekDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
+        layers += [
+            DeepseekMTPLayer(config, config.num_hidden_layers + module)
+            for module in range(config.num_nextn_predict_layers)
+        ]
+        self.layers = nn.ModuleList(layers)
+        self.norm = DeepseekRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = DeepseekRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> DeepseekModelOutput:
+        """(B, S) tokens to (B, S, D) states after the final norm.
+
+        Args:
+            attention_mask: (B, past + S) with 0 for padding, or a ready 4-D mask.
+            position_ids: (B, S); where it falls back, a new packed document begins, which sees nothing before it.
+            output_router_logits: return the routers' logits, (T, E) for each MoE layer, and `aux_loss`. The latter
+                is also there in training when `config.aux_loss_alpha` is not 0.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of `input_ids` and `inputs_embeds`")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        context = self.sequence_context(inputs_embeds, attention_mask, position_ids, past_key_values)
+
+        hidden_BSD = inputs_embeds
+        routing: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_BSD, logits_TE, indices_TK = layer(
+                hidden_BSD,
+                position_embeddings=context.position_embeddings,
+                attention_mask=context.attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            if layer.is_moe:
+                self.record_load(layer, indices_TK, context.valid_BS)
+                routing.append((logits_TE, indices_TK))
+
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        aux_loss = None
+        if routing and (output_router_logits or (self.training and self.config.aux_loss_alpha > 0)):
+            losses = [self.balance_loss(*chosen, context, context.valid_BS) for chosen in routing]
+            aux_loss = torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+        wants_pre_norm = self.config.num_nextn_predict_layers and self.config.mtp_hidden_state == "before_norm"
+        return DeepseekModelOutput(
+            last_hidden_state=self.norm(hidden_BSD),
+            past_key_values=past_key_values,
+            router_logits=tuple(logits_TE for logits_TE, _ in routing) if output_router_logits else None,
+            aux_loss=aux_loss,
+            pre_norm_hidden_state=hidden_BSD if wants_pre_norm else None,
+        )
+
+    def sequence_context(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> SequenceContext:
+        """Masks, angles and document numbers for the tokens at hand, (B, S, D) as embeddings."""
+        batch, length = inputs_embeds.shape[:2]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        # A dynamic cache that holds nothing says nothing about the mask, and would hide packed documents from it.
+        static = past_key_values is not None and past_key_values.is_compileable
+        mask_cache = past_key_values if static or (isinstance(past, int) and past > 0) else None
+
+        documents_BS = self.documents(position_ids, batch, length) if mask_cache is None else None
+        if position_ids is None:
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
+        valid_BS = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            valid_BS = attention_mask[:, -length:].to(device=inputs_embeds.device, dtype=torch.bool)
+
+        kv_length = mask_cache.get_mask_sizes(length, 0)[0] if mask_cache is not None else length
+        config = self.config
+        if is_flash(config._attn_implementation) and choose_mla_path(config, length, kv_length) == "absorbed":
+            config = copy.copy(config)  # flash kernels take no head size above 256: a dense mask for our own
+            config._attn_implementation = "sdpa"
+        causal_mask = create_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=mask_cache,
+            position_ids=position_ids,
+            and_mask_function=_packed_with_padding(documents_BS, valid_BS),
+        )
+        return SequenceContext(causal_mask, self.rotary_emb(position_ids), documents_BS, valid_BS)
+
+    @staticmethod
+    def documents(position_ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+        """Document of each token (B, S), None where no row holds more than one."""
+        if position_ids is None or length == 1:
+            return None
+        documents_BS = document_ids(position_ids.expand(batch, -1))
+        if not is_tracing(documents_BS) and not documents_BS[:, -1].any():
+            return None
+        return documents_BS
+
+    def record_load(self, layer: nn.Module, indices_TK: torch.Tensor, valid_BS: torch.Tensor | None) -> None:
+        """Counts a layer's choices for the bias update, while training. Called outside the layers, so that gradient
+        checkpointing, which runs a layer twice, counts once."""
+        if self.training and torch.is_grad_enabled():
+            valid_T = None if valid_BS is None else valid_BS.flatten().to(indices_TK.device)
+            layer.mlp.gate.record_load(indices_TK, valid_T)
+
+    def balance_loss(
+        self, logits_TE: torch.Tensor, indices_TK: torch.Tensor, context: SequenceContext, valid_BS: torch.Tensor | None
+    ) -> torch.Tensor:
+        """One layer's `load_balancing_loss`, over documents (`seq_aux`) or over the whole batch."""
+        tokens, device = logits_TE.shape[0], logits_TE.device
+        batch = context.position_embeddings[0].shape[0]
+        if not self.config.seq_aux:
+            sequence_T, n_sequences = torch.zeros(tokens, dtype=torch.int64, device=device), 1
+        elif context.documents_BS is None:
+            batch = valid_BS.shape[0] if valid_BS is not None else self._batch_of(context, tokens)
+            sequence_T = torch.arange(tokens, device=device) // (tokens // batch)
+            n_sequences = batch
+        else:
+            rows, length = context.documents_BS.shape
+            unique_BS = context.documents_BS + torch.arange(rows, device=device)[:, None] * length
+            ids, sequence_T = unique_BS.flatten().unique(return_inverse=True)
+            n_sequences = len(ids)
+        valid_T = None if valid_BS is None else valid_BS.flatten().to(device)
+        return load_balancing_loss(
+            logits_TE, indices_TK, self.config.scoring_func, sequence_T, n_sequences, valid_T
+        )
+
+    @staticmethod
+    def _batch_of(context: SequenceContext, tokens: int) -> int:
+        return tokens // context.position_embeddings[0].shape[1]
+
+
+def _packed_with_padding(documents_BS: torch.Tensor | None, valid_BS: torch.Tensor | None):
+    """transformers finds packed documents by itself only where there is no attention mask. With one, this keeps
+    tokens of different documents apart; None where nothing but padding separates them."""
+    if documents_BS is None or valid_BS is None or is_tracing(documents_BS):
+        return None
+    boundary = (documents_BS[:, 1:] != documents_BS[:, :-1]) & valid_BS[:, 1:] & valid_BS[:, :-1]
+    if not boundary.any():
+        return None
+    return lambda batch, head, query, key: documents_BS[batch, query] == documents_BS[batch, key]
+
+
+class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
+    """The stack with its head, and with the losses of multi-token prediction and of balance."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+    _pp_plan: ClassVar[dict[str, Any]] = {"lm_head": (["hidden_states"], ["logits"])}
+    stack_class: ClassVar[type[DeepseekModel]]
+
+    def __init__(self, config: DeepseekConfig):
+        super().__init__(config)
+        self.model = self.stack_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> DeepseekCausalLMOutput:
+        """Logits (B, S, vocabulary), and with `labels` (B, S; -100 is ignored) the loss and its parts.
+
+        No target crosses from one packed document (see `position_ids` of `DeepseekModel.forward`) into the next.
+
+        Args:
+            shift_labels: (B, S) targets already shifted by one, instead of shifting `labels`.
+            num_items_in_batch: what the sums of token losses are divided by, instead of each mean of its own
+                (`Trainer` under gradient accumulation); the balance loss is then weighted by this batch's share.
+
+        Raises:
+            ValueError: with `labels`, MTP modules and a cache that already holds tokens: the modules have not seen
+                them.
+        """
+        outputs: DeepseekModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        result = DeepseekCausalLMOutput(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            aux_loss=outputs.aux_loss,
+        )
+        if labels is None and shift_labels is None:
+            return result
+
+        batch, length = outputs.last_hidden_state.shape[:2]
+        documents_BS = self.model.documents(position_ids, batch, length)
+        if shift_labels is None:
+            shift_labels = targets_ahead(labels, documents_BS, 1)
+        lm_loss = self.loss_function(
+            logits=logits,
+            labels=None,
+            vocab_size=self.config.vocab_size,
+            shift_labels=shift_labels,
+            num_items_in_batch=num_items_in_batch,
+        )
+        loss, aux_loss = lm_loss, outputs.aux_loss
+        if self.config.num_nextn_predict_layers and self.config.mtp_loss_weight > 0:
+            embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            if past_key_values is not None and outputs.past_key_values.get_seq_length() > length:
+                raise ValueError(
+                    "the multi-token prediction loss needs the whole sequence: `past_key_values` already held "
+                    f"{int(outputs.past_key_values.get_seq_length()) - length} tokens; pass an empty cache, or set "
+                    "`config.mtp_loss_weight = 0`"
+                )
+            mtp_losses, mtp_balance = self.mtp_losses(
+                outputs, embeds, shift_labels, attention_mask, position_ids, num_items_in_batch, **kwargs
+            )
+            loss = loss + self.config.mtp_loss_weight * torch.stack(mtp_losses).mean().to(loss.device)
+            result.mtp_losses = tuple(value.detach() for value in mtp_losses)
+            if aux_loss is not None and mtp_balance:
+                aux_loss = aux_loss + torch.stack(mtp_balance).sum().to(aux_loss.device)
+        if aux_loss is not None:
+            share = 1.0
+            if num_items_in_batch is not None:
+                share = (shift_labels != -100).sum() / num_items_in_batch
+            loss = loss + self.config.aux_loss_alpha * share * aux_loss.to(loss.device)
+            result.aux_loss = aux_loss.detach()
+        result.loss, result.lm_loss = loss, lm_loss.detach()
+        return result
+
+    def mtp_losses(
+        self,
+        outputs: DeepseekModelOutput,
+        embeds_BSD: torch.Tensor,
+        shift_labels_BS: torch.Tensor,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Cross-entropy of each MTP module (V3 2.2), and the balance losses of their experts where they are wanted.
+
+        Module k predicts `shift_labels` k positions further on. A module without any target has loss 0.
+        """
+        context = self.model.sequence_context(embeds_BSD, attention_mask, position_ids, None)
+        after_norm = self.config.mtp_hidden_state == "after_norm"
+        hidden_BSD = outputs.last_hidden_state if after_norm else outputs.pre_norm_hidden_state
+        kwargs.pop("output_router_logits", None)
+        losses, balance = [], []
+        for depth, layer in enumerate(self.model.layers[self.config.num_hidden_layers :], start=1):
+            hidden_BSD, logits_TE, indices_TK = layer(
+                hidden_BSD,
+                shift_left(embeds_BSD, depth),
+                position_embeddings=context.position_embeddings,
+                attention_mask=context.attention_mask,
+                **kwargs,
+            )
+            normed_BSD = layer.shared_head.norm(hidden_BSD)
+            hidden_BSD = normed_BSD if after_norm else hidden_BSD
+            targets_BS = targets_ahead(shift_labels_BS, context.documents_BS, depth)
+            token_losses = F.cross_entropy(
+                self.lm_head(normed_BSD).float().flatten(0, 1), targets_BS.flatten(), reduction="sum"
+            )
+            count = (targets_BS != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            losses.append(token_losses / count)
+            if layer.is_moe:
+                valid_BS = same_document(context.documents_BS, targets_BS, depth)
+                valid_BS = valid_BS if context.valid_BS is None else valid_BS & context.valid_BS
+                self.model.record_load(layer, indices_TK, valid_BS)
+                if outputs.aux_loss is not None:
+                    balance.append(self.model.balance_loss(logits_TE, indices_TK, context, valid_BS))
+        return losses, balance
+
+    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+        if generation_config.use_mtp:
+            raise ValueError(
+                "`use_mtp=True` would reload the MTP modules from disk in transformers' own classes; drafting with "
+                "the modules of this model is not there yet: leave `use_mtp` out"
+            )
+        return super()._get_candidate_generator(generation_config, *args, **kwargs)
+
+
+class _ClassificationHead(DeepseekPreTrainedModel):
+    """What both heads share. They have no use for MTP modules and drop them, from the configuration too."""
+
+    stack_class: ClassVar[type[DeepseekModel]]
+
+    def _build(self, config: DeepseekConfig) -> None:
+        config = copy.deepcopy(config)
+        config.num_nextn_predict_layers = 0
+        DeepseekPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = self.stack_class(config)
+
+
+class DeepseekForSequenceClassification(GenericForSequenceClassification, _ClassificationHead):
+    """A label for each sequence, from the state of its last token that is not padding."""
+
+    def __init__(self, config: DeepseekConfig):
+        self._build(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class DeepseekForTokenClassification(GenericForTokenClassification, _ClassificationHead):
+    """A label for each token."""
+
+    def __init__(self, config: DeepseekConfig):
+        self._build(config)
+        classifier_dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if classifier_dropout is None else classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class DeepseekV2PreTrainedModel(DeepseekPreTrainedModel):
+    config: DeepseekV2Config
+
+
+class DeepseekV2Model(DeepseekV2PreTrainedModel, DeepseekModel):
+    pass
+
+
+class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, DeepseekForCausalLM):
+    stack_class = DeepseekV2Model
+
+
+class DeepseekV2ForSequenceClassification(DeepseekForSequenceClassification, DeepseekV2PreTrainedModel):
+    stack_class = DeepseekV2Model
+
+
+class DeepseekV2ForTokenClassification(DeepseekForTokenClassification, DeepseekV2PreTrainedModel):
+    stack_class = DeepseekV2Model
+
+
+class DeepseekV3PreTrainedModel(DeepseekPreTrainedModel):
+    config: DeepseekV3Config
+
+
+class DeepseekV3Model(DeepseekV3PreTrainedModel, DeepseekModel):
+    pass
+
+
+class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, DeepseekForCausalLM):
+    stack_class = DeepseekV3Model
+
+
+class DeepseekV3ForSequenceClassification(DeepseekForSequenceClassification, DeepseekV3PreTrainedModel):
+    stack_class = DeepseekV3Model
+
+
+class DeepseekV3ForTokenClassification(DeepseekForTokenClassification, DeepseekV3PreTrainedModel):
+    stack_class = DeepseekV3Model
+
+
+# Without this, transformers would write the stacked experts as they are, and PEFT would not find them. The mapping is
+# the library's own for these model types; registering says that classes defined outside the library use it too.
+for _model_type in (DeepseekV2Config.model_type, DeepseekV3Config.model_type):
+    register_checkpoint_conversion_mapping(
+        _model_type, get_checkpoint_conversion_mapping(_model_type) or [], overwrite=True
+    )
