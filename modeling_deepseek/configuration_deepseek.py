@@ -141,9 +141,9 @@ class DeepseekConfig(PreTrainedConfig):
     @classmethod
     def _refuse_misspelt(cls, extra: dict[str, Any]) -> None:
         """An unknown key that is nearly a known one would otherwise be kept as an attribute and have no effect."""
-        known = set(cls.__dataclass_fields__) | set(cls.attribute_map) | WITHOUT_EFFECT
-        for name in extra.keys() - known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+        fields = set(cls.__dataclass_fields__) | set(cls.attribute_map)
+        for name in extra.keys() - fields - WITHOUT_EFFECT - set(dir(cls)):
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.9)
             if near:
                 raise ValueError(f"unknown configuration field `{name}`: did you mean `{near[0]}`?")
 
@@ -262,6 +262,19 @@ class DeepseekConfig(PreTrainedConfig):
         if self.n_routed_experts is None:
             return False
         return layer_idx >= self.first_k_dense_replace and layer_idx % self.moe_layer_freq == 0
+
+    @classmethod
+    def converted(cls, config: PreTrainedConfig) -> "DeepseekConfig":
+        """`config` itself, or this class's reading of transformers' own configuration of the same model type."""
+        if isinstance(config, DeepseekConfig):
+            return config
+        if config.model_type != cls.model_type:
+            raise ValueError(f"cannot build a {cls.model_type} model from a {type(config).__name__}")
+        ours = cls.from_dict({name: value for name, value in config.to_dict().items() if name != "dtype"})
+        for internal in ("dtype", "_attn_implementation_internal", "_experts_implementation_internal"):
+            if hasattr(config, internal):
+                setattr(ours, internal, getattr(config, internal))
+        return ours
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -51,6 +52,20 @@ from .mtp import DeepseekMTPLayer, document_ids, same_document, shift_left, targ
 from .rope import rope_angles, rope_frequencies, rope_magnitudes
 
 logger = logging.get_logger(__name__)
+
+# Arguments of the stack's forward that a layer does not take.
+_STACK_ARGUMENTS = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "use_cache",
+    "output_router_logits",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+}
 
 # What a checkpoint needs beside it to be loaded by `trust_remote_code=True`: this flat folder's travelling part.
 TRAVELLING_FILES = (
@@ -139,8 +154,14 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     def __init__(self, config: DeepseekConfig, *args: Any, **kwargs: Any):
+        if not isinstance(config, DeepseekConfig):
+            raise ValueError(f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(config).__name__}")
         config.check()
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):  # behind `AutoModel.from_config`
+        return super()._from_config(cls.config_class.converted(config), **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -192,7 +213,9 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                 files, naming the tensor. Only a new classification head may be missing.
         """
         quantization_config = kwargs.get("quantization_config")
-        if not isinstance(config, DeepseekConfig) and pretrained_model_name_or_path is not None:
+        if isinstance(config, PreTrainedConfig):
+            config = cls.config_class.converted(config)
+        elif pretrained_model_name_or_path is not None:
             config, kwargs = cls.config_class.from_pretrained(
                 config if config is not None else pretrained_model_name_or_path,
                 return_unused_kwargs=True,
@@ -477,13 +500,11 @@ class DeepseekModel(DeepseekPreTrainedModel):
     ) -> torch.Tensor:
         """One layer's `load_balancing_loss`, over documents (`seq_aux`) or over the whole batch."""
         tokens, device = logits_TE.shape[0], logits_TE.device
-        batch = context.position_embeddings[0].shape[0]
         if not self.config.seq_aux:
             sequence_T, n_sequences = torch.zeros(tokens, dtype=torch.int64, device=device), 1
         elif context.documents_BS is None:
-            batch = valid_BS.shape[0] if valid_BS is not None else self._batch_of(context, tokens)
-            sequence_T = torch.arange(tokens, device=device) // (tokens // batch)
-            n_sequences = batch
+            length = context.position_embeddings[0].shape[1]
+            sequence_T, n_sequences = torch.arange(tokens, device=device) // length, tokens // length
         else:
             rows, length = context.documents_BS.shape
             unique_BS = context.documents_BS + torch.arange(rows, device=device)[:, None] * length
@@ -493,10 +514,6 @@ class DeepseekModel(DeepseekPreTrainedModel):
         return load_balancing_loss(
             logits_TE, indices_TK, self.config.scoring_func, sequence_T, n_sequences, valid_T
         )
-
-    @staticmethod
-    def _batch_of(context: SequenceContext, tokens: int) -> int:
-        return tokens // context.position_embeddings[0].shape[1]
 
 
 def _packed_with_padding(documents_BS: torch.Tensor | None, valid_BS: torch.Tensor | None):
@@ -550,7 +567,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
                 (`Trainer` under gradient accumulation); the balance loss is then weighted by this batch's share.
 
         Raises:
-            ValueError: with `labels`, MTP modules and a cache that already holds tokens: the modules have not seen
+            ValueError: with `labels` and MTP modules when the cache already holds tokens: the modules have not seen
                 them.
         """
         outputs: DeepseekModelOutput = self.model(
@@ -574,60 +591,76 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         if labels is None and shift_labels is None:
             return result
 
-        batch, length = outputs.last_hidden_state.shape[:2]
-        documents_BS = self.model.documents(position_ids, batch, length)
-        if shift_labels is None:
-            shift_labels = targets_ahead(labels, documents_BS, 1)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            **kwargs,
+        }
+        targets_BS = self.next_targets(labels, shift_labels, inputs)
         lm_loss = self.loss_function(
             logits=logits,
             labels=None,
             vocab_size=self.config.vocab_size,
-            shift_labels=shift_labels,
+            shift_labels=targets_BS,
             num_items_in_batch=num_items_in_batch,
         )
         loss, aux_loss = lm_loss, outputs.aux_loss
         if self.config.num_nextn_predict_layers and self.config.mtp_loss_weight > 0:
-            embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            if past_key_values is not None and outputs.past_key_values.get_seq_length() > length:
-                raise ValueError(
-                    "the multi-token prediction loss needs the whole sequence: `past_key_values` already held "
-                    f"{int(outputs.past_key_values.get_seq_length()) - length} tokens; pass an empty cache, or set "
-                    "`config.mtp_loss_weight = 0`"
-                )
-            mtp_losses, mtp_balance = self.mtp_losses(
-                outputs, embeds, shift_labels, attention_mask, position_ids, num_items_in_batch, **kwargs
-            )
+            token_losses, mtp_balance = self.mtp_token_losses(outputs, targets_BS, inputs)
+            mtp_losses = []
+            for losses_BS, valid_BS in token_losses:
+                count = valid_BS.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+                mtp_losses.append(losses_BS.sum() / count)
             loss = loss + self.config.mtp_loss_weight * torch.stack(mtp_losses).mean().to(loss.device)
-            result.mtp_losses = tuple(value.detach() for value in mtp_losses)
+            result.mtp_losses = tuple(mtp_loss.detach() for mtp_loss in mtp_losses)
             if aux_loss is not None and mtp_balance:
                 aux_loss = aux_loss + torch.stack(mtp_balance).sum().to(aux_loss.device)
         if aux_loss is not None:
-            share = 1.0
-            if num_items_in_batch is not None:
-                share = (shift_labels != -100).sum() / num_items_in_batch
+            share = 1.0 if num_items_in_batch is None else (targets_BS != -100).sum() / num_items_in_batch
             loss = loss + self.config.aux_loss_alpha * share * aux_loss.to(loss.device)
             result.aux_loss = aux_loss.detach()
         result.loss, result.lm_loss = loss, lm_loss.detach()
         return result
 
-    def mtp_losses(
-        self,
-        outputs: DeepseekModelOutput,
-        embeds_BSD: torch.Tensor,
-        shift_labels_BS: torch.Tensor,
-        attention_mask: Any,
-        position_ids: torch.Tensor | None,
-        num_items_in_batch: int | torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Cross-entropy of each MTP module (V3 2.2), and the balance losses of their experts where they are wanted.
+    def next_targets(
+        self, labels_BS: torch.Tensor | None, shift_labels_BS: torch.Tensor | None, inputs: dict[str, Any]
+    ) -> torch.Tensor:
+        """The next token of each position (B, S), -100 at the end of a document; `shift_labels_BS` as it is."""
+        if shift_labels_BS is not None:
+            return shift_labels_BS
+        assert labels_BS is not None
+        return targets_ahead(labels_BS, self.model.documents(inputs.get("position_ids"), *labels_BS.shape), 1)
 
-        Module k predicts `shift_labels` k positions further on. A module without any target has loss 0.
+    def mtp_token_losses(
+        self, outputs: DeepseekModelOutput, targets_BS: torch.Tensor, inputs: dict[str, Any]
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[torch.Tensor]]:
+        """Cross-entropy of each MTP module's predictions (V3 2.2), from the stack's `outputs` for `inputs`.
+
+        Module k predicts at each position the target k positions further on in `targets_BS`.
+
+        Returns:
+            For each module the losses (B, S), 0 where there is no target, and where there is one (B, S, bool); and
+            the balance losses of the modules' experts, where the stack has computed its own.
         """
-        context = self.model.sequence_context(embeds_BSD, attention_mask, position_ids, None)
+        past, length = inputs.get("past_key_values"), targets_BS.shape[1]
+        if past is not None and past.get_seq_length() > length:
+            raise ValueError(
+                "the multi-token prediction loss needs the whole sequence, but `past_key_values` already held "
+                f"{int(past.get_seq_length()) - length} tokens; pass an empty cache, or set "
+                "`config.mtp_loss_weight = 0`"
+            )
+        embeds_BSD = inputs.get("inputs_embeds")
+        if embeds_BSD is None:
+            embeds_BSD = self.model.embed_tokens(inputs["input_ids"])
+        context = self.model.sequence_context(
+            embeds_BSD, inputs.get("attention_mask"), inputs.get("position_ids"), None
+        )
         after_norm = self.config.mtp_hidden_state == "after_norm"
         hidden_BSD = outputs.last_hidden_state if after_norm else outputs.pre_norm_hidden_state
-        kwargs.pop("output_router_logits", None)
+        layer_kwargs = {name: value for name, value in inputs.items() if name not in _STACK_ARGUMENTS}
         losses, balance = [], []
         for depth, layer in enumerate(self.model.layers[self.config.num_hidden_layers :], start=1):
             hidden_BSD, logits_TE, indices_TK = layer(
@@ -635,16 +668,14 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
                 shift_left(embeds_BSD, depth),
                 position_embeddings=context.position_embeddings,
                 attention_mask=context.attention_mask,
-                **kwargs,
+                **layer_kwargs,
             )
             normed_BSD = layer.shared_head.norm(hidden_BSD)
             hidden_BSD = normed_BSD if after_norm else hidden_BSD
-            targets_BS = targets_ahead(shift_labels_BS, context.documents_BS, depth)
-            token_losses = F.cross_entropy(
-                self.lm_head(normed_BSD).float().flatten(0, 1), targets_BS.flatten(), reduction="sum"
-            )
-            count = (targets_BS != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            losses.append(token_losses / count)
+            ahead_BS = targets_ahead(targets_BS, context.documents_BS, depth)
+            logits = self.lm_head(normed_BSD).float()
+            token_losses = F.cross_entropy(logits.flatten(0, 1), ahead_BS.flatten(), reduction="none")
+            losses.append((token_losses.view_as(ahead_BS), ahead_BS != -100))
             if layer.is_moe:
                 valid_BS = same_document(context.documents_BS, targets_BS, depth)
                 valid_BS = valid_BS if context.valid_BS is None else valid_BS & context.valid_BS

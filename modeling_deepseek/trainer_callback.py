@@ -1,0 +1,124 @@
+"""`DeepseekTrainerCallback`: what `Trainer` and TRL's trainers need to train these models as their papers do.
+
+After each optimizer step it moves the routers' correction bias (moe.py) and notes the load of the experts for the log.
+Under TRL it also puts back two losses: TRL's SFT and its kin bypass the model's own loss with a fused head, which
+knows neither MTP modules nor DeepSeek's balance loss, and would leave the modules untrained without a word.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from .modeling_deepseek import DeepseekForCausalLM, DeepseekModelOutput, DeepseekPreTrainedModel
+from .moe import max_violation
+
+
+class DeepseekTrainerCallback(TrainerCallback):
+    """Pass it as `callbacks=[DeepseekTrainerCallback()]`, or `DeepseekTrainerCallback.attach(trainer)`.
+
+    Logged with the trainer's own values: `max_vio` (mean over layers) and `max_vio/layer_i`, each a mean over the
+    steps since the last log. `trainer.state.log_history` also gets `tokens_per_expert`, a list for each layer, summed
+    over these steps. The bias itself is part of the model's state, saved and resumed with it.
+
+    Reporters (W&B, TensorBoard) that stand before a callback in the trainer's list do not see what it adds to a log;
+    `attach` puts this one first.
+
+    Raises:
+        ValueError: when training begins on a model that is not one of this package's, or with MTP modules under a TRL
+            loss that cannot carry theirs.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[dict[int, torch.Tensor]] = []
+
+    @classmethod
+    def attach(cls, trainer: Any) -> "DeepseekTrainerCallback":
+        """Adds a callback to `trainer`, before its reporters, and returns it."""
+        callback = cls()
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model = deepseek_model(model)
+        if isinstance(model, DeepseekForCausalLM):
+            restore_losses_under_trl(model, getattr(args, "loss_type", None))
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self._steps.append(deepseek_model(model).update_correction_bias())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not self._steps or logs is None or not state.is_world_process_zero:
+            return
+        layers = self._steps[0].keys()
+        per_layer = {
+            layer: sum(max_violation(step[layer]) for step in self._steps) / len(self._steps) for layer in layers
+        }
+        values = {f"max_vio/layer_{layer}": value for layer, value in per_layer.items()}
+        if per_layer:
+            values["max_vio"] = sum(per_layer.values()) / len(per_layer)
+        logs.update(values)
+        tokens = {str(layer): torch.stack([step[layer] for step in self._steps]).sum(0).tolist() for layer in layers}
+        state.log_history[-1].update(values, tokens_per_expert=tokens)
+        self._steps.clear()
+
+
+def deepseek_model(model: nn.Module | None) -> DeepseekPreTrainedModel:
+    """The DeepSeek model inside the wrappers of PEFT, accelerate and DDP.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, DeepseekPreTrainedModel):
+            return module
+    raise ValueError(f"no DeepSeek model of this package in {type(model).__name__}: the callback has nothing to balance")
+
+
+def restore_losses_under_trl(model: DeepseekForCausalLM, loss_type: str | None = None) -> None:
+    """Where TRL has replaced `model.forward` with one that has a fused head, adds to the latter's output what
+    `DeepseekForCausalLM.forward` would have added to the loss. Does nothing otherwise, or a second time.
+
+    TRL sums `log_probs` over all tokens, so the log-probabilities of the MTP modules, times lambda / D, are added to
+    those of the positions they were predicted at. `aux_loss` becomes DeepSeek's own in place of Mixtral's.
+
+    Raises:
+        ValueError: for `loss_type` "dft", which uses `log_probs` in another way, together with MTP modules.
+    """
+    fused = vars(model).get("forward")
+    if fused is None or "fused_lm_head" not in inspect.signature(fused, follow_wrapped=False).parameters:
+        return
+    if getattr(fused, "restores_losses", False):
+        return
+    with_mtp = model.config.num_nextn_predict_layers > 0 and model.config.mtp_loss_weight > 0
+    if with_mtp and loss_type not in (None, "nll"):
+        raise ValueError(
+            f"loss_type={loss_type!r} cannot carry the loss of MTP modules; use 'nll', or set "
+            "`model.config.mtp_loss_weight = 0` to leave the modules as they are"
+        )
+
+    def forward(*args: Any, fused_lm_head: bool = False, labels=None, shift_labels=None, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return fused(*args, labels=labels, shift_labels=shift_labels, **kwargs)
+        seen: list[DeepseekModelOutput] = []
+        hook = model.model.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        try:
+            output = fused(*args, fused_lm_head=True, labels=labels, shift_labels=shift_labels, **kwargs)
+        finally:
+            hook.remove()
+        stack, aux_loss = seen[0], seen[0].aux_loss
+        if with_mtp:
+            inputs = dict(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False)) | kwargs
+            losses, balance = model.mtp_token_losses(stack, model.next_targets(labels, shift_labels, inputs), inputs)
+            extra_BS = torch.stack([loss_BS for loss_BS, _ in losses]).mean(0) * model.config.mtp_loss_weight
+            output.log_probs = output.log_probs - extra_BS[:, : output.log_probs.shape[1]].to(output.log_probs)
+            if aux_loss is not None and balance:
+                aux_loss = aux_loss + torch.stack(balance).sum().to(aux_loss.device)
+        if output.aux_loss is not None and aux_loss is not None:
+            output.aux_loss = aux_loss
+        return output
+
+    forward.restores_losses = True  # type: ignore[attr-defined]  # a mark on our own function
+    model.forward = forward  # type: ignore[method-assign]  # TRL has done the same before
