@@ -20,7 +20,9 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-ROPE_TYPES = ("default", "linear", "yarn")
+# Keys of `rope_scaling` that each type of RoPE honours, beside the type itself.
+ROPE_KEYS: dict[str, set[str]] = {"default": set(), "linear": {"factor"}}
+ROPE_KEYS["yarn"] = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 
 # Fields that released or transformers-written files carry and that change no number here: they are kept and ignored.
 WITHOUT_EFFECT = {"auto_map", "head_dim", "model_type", "num_labels", "pretraining_tp", "qk_head_dim", "rope_scaling"}
@@ -110,8 +112,8 @@ class DeepseekConfig(PreTrainedConfig):
     max_position_embeddings: int = 4096
     rope_parameters: dict | None = None
     rope_interleave: bool = True
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
+    initializer_range: float | int = 0.02
+    rms_norm_eps: float | int = 1e-6
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
     tie_word_embeddings: bool = False
@@ -130,6 +132,9 @@ class DeepseekConfig(PreTrainedConfig):
             kwargs["rope_scaling"] = copy.deepcopy(kwargs["rope_scaling"])  # transformers fills defaults in place
         if isinstance(self.rope_parameters, dict):
             self.rope_parameters = copy.deepcopy(self.rope_parameters)
+        for rope in (kwargs.get("rope_scaling"), self.rope_parameters):
+            if isinstance(rope, dict) and "yarn" in (rope.get("type"), rope.get("rope_type")):
+                rope.setdefault("original_max_position_embeddings", 4096)  # as in the official code, where unsaid
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         # Read by code that sizes caches or RoPE without knowing MLA; derived, so never taken from a file.
@@ -143,7 +148,7 @@ class DeepseekConfig(PreTrainedConfig):
         """An unknown key that is nearly a known one would otherwise be kept as an attribute and have no effect."""
         fields = set(cls.__dataclass_fields__) | set(cls.attribute_map)
         for name in extra.keys() - fields - WITHOUT_EFFECT - set(dir(cls)):
-            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.9)
+            near = difflib.get_close_matches(name, fields | WITHOUT_EFFECT, n=1, cutoff=0.9)
             if near:
                 raise ValueError(f"unknown configuration field `{name}`: did you mean `{near[0]}`?")
 
@@ -176,6 +181,8 @@ class DeepseekConfig(PreTrainedConfig):
         "aux_loss_alpha",
         "bias_update_speed",
         "mtp_loss_weight",
+        "initializer_range",
+        "rms_norm_eps",
     )
 
     def check(self) -> None:
@@ -188,7 +195,7 @@ class DeepseekConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         for name in self._NOT_NEGATIVE:
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # NaN included
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ValueError(f"`q_lora_rank` must be at least 1, got {self.q_lora_rank}; use None for no compression")
@@ -213,6 +220,9 @@ class DeepseekConfig(PreTrainedConfig):
         self._check_rope()
 
     def _check_routing(self) -> None:
+        for name in ("n_group", "topk_group"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}; None is for no groups")
         experts, groups, top_groups, top_k = (
             self.n_routed_experts,
             self.n_group or 1,
@@ -245,12 +255,23 @@ class DeepseekConfig(PreTrainedConfig):
     def _check_rope(self) -> None:
         rope = self.rope_parameters or {}
         rope_type = rope.get("rope_type", "default")
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(f"`rope_scaling` type {rope_type!r} is not supported; one of {ROPE_TYPES}")
-        if rope_type != "default" and not (isinstance(rope.get("factor"), (int, float)) and rope["factor"] >= 1):
+        if rope_type not in ROPE_KEYS:
+            raise ValueError(f"`rope_scaling` type {rope_type!r} is not supported; one of {tuple(ROPE_KEYS)}")
+        for name, value in rope.items():
+            if value is None or name in ("type", "rope_type"):
+                continue
+            if name != "rope_theta" and name not in ROPE_KEYS[rope_type]:
+                raise ValueError(
+                    f"`rope_scaling` of type {rope_type!r} has no `{name}` ({value!r}); it may hold "
+                    f"{sorted(ROPE_KEYS[rope_type])}"
+                )
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and (value > 0 or (value == 0 and name.startswith("mscale")))):
+                raise ValueError(f"`{name}`, which RoPE reads, must be a positive number, got {value!r}")
+        if rope_type != "default" and (rope.get("factor") or 0) < 1:
             raise ValueError(f"`rope_scaling` of type {rope_type!r} needs a `factor` >= 1, got {rope.get('factor')!r}")
-        if rope.get("rope_theta") is None or rope["rope_theta"] <= 0:
-            raise ValueError(f"`rope_theta` must be positive, got {rope.get('rope_theta')!r}")
+        if rope.get("rope_theta") is None:
+            raise ValueError("`rope_theta` must be a positive number, got None")
 
     @property
     def cache_values_per_token(self) -> int:
@@ -414,6 +435,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "rope_theta": 50000.0,
         "rms_norm_eps": 1e-5,
+        "bos_token_id": 163584,
+        "eos_token_id": 163585,
     },
     "kimi-k2": {
         "model_type": "deepseek_v3",
@@ -425,6 +448,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         "routed_scaling_factor": 2.827,
         "max_position_embeddings": 131072,
+        "bos_token_id": 163584,
+        "eos_token_id": 163585,
         "rope_theta": 50000.0,
         "rope_scaling": {
             "type": "yarn",

@@ -163,6 +163,16 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     def _from_config(cls, config, **kwargs):  # behind `AutoModel.from_config`
         return super()._from_config(cls.config_class.converted(config), **kwargs)
 
+    # transformers finds out by searching the text of this file for a decorator and a call that are in moe.py and
+    # mla.py, and would fall back to a loop over the experts without a word.
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
