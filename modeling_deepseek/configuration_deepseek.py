@@ -137,9 +137,6 @@ class DeepseekConfig(PreTrainedConfig):
                 rope.setdefault("original_max_position_embeddings", 4096)  # as in the official code, where unsaid
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        # Read by code that sizes caches or RoPE without knowing MLA; derived, so never taken from a file.
-        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
-        self.head_dim = self.qk_rope_head_dim
         super().__post_init__(**kwargs)
         self.check()
 
@@ -188,6 +185,9 @@ class DeepseekConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raises `ValueError` where fields are out of range or exclude each other. Runs at construction and whenever
         a model is built, so that a field changed in between is checked too."""
+        # Read by code that sizes caches or RoPE without knowing MLA; derived, so never taken from a file.
+        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.head_dim = self.qk_rope_head_dim
         for name, choices in self._CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}")
@@ -208,6 +208,11 @@ class DeepseekConfig(PreTrainedConfig):
             )
         if not 0.0 <= self.attention_dropout < 1.0:
             raise ValueError(f"`attention_dropout` must lie in [0, 1), got {self.attention_dropout}")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` must lie in [0, `vocab_size` {self.vocab_size}), got {self.pad_token_id}; use None "
+                "for no padding token"
+            )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` {self.hidden_act!r} is unknown; one of {sorted(ACT2FN)}")
         if self.ep_size != 1:
@@ -300,12 +305,19 @@ class DeepseekConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in transformers, but overrides are checked together with the rest instead of being set afterwards."""
-        names = set(cls.__dataclass_fields__) | set(cls.attribute_map)
+        names = set(cls.__dataclass_fields__) | set(cls.attribute_map) | {"rope_scaling", "rope_theta"}
         overrides = {
             cls.attribute_map.get(name, name): kwargs.pop(name)
             for name in list(kwargs)
             if name in names and name != "dtype"
         }
+        if "rope_parameters" in overrides:  # or the file's `rope_scaling` would win
+            config_dict = {**config_dict, "rope_scaling": None}
+        elif overrides.keys() & {"rope_scaling", "rope_theta"} and config_dict.get("rope_parameters"):
+            # transformers' layout, which would outweigh a new theta and lose its own to a new scaling
+            rope = dict(config_dict["rope_parameters"])
+            config_dict = {**config_dict, "rope_theta": rope.pop("rope_theta", 10000.0), "rope_scaling": rope}
+            del config_dict["rope_parameters"]
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -337,6 +349,8 @@ class DeepseekConfig(PreTrainedConfig):
         family = fields.pop("model_type")
         if family != cls.model_type:
             raise ValueError(f"preset {name!r} is a {family}, not a {cls.model_type}: use the other class")
+        if "rope_parameters" in overrides:
+            fields.pop("rope_scaling", None)
         return cls(**{**fields, **overrides})
 
 
