@@ -688,7 +688,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             losses.append((token_losses.view_as(ahead_BS), ahead_BS != -100))
             if layer.is_moe:
                 valid_BS = same_document(context.documents_BS, targets_BS, depth)
-                valid_BS = valid_BS if context.valid_BS is None else valid_BS & context.valid_BS
+                if context.valid_BS is not None:  # neither padding, nor a last token that sees padding ahead
+                    valid_BS = valid_BS & context.valid_BS & shift_left(context.valid_BS, depth, fill=False)
                 self.model.record_load(layer, indices_TK, valid_BS)
                 if outputs.aux_loss is not None:
                     balance.append(self.model.balance_loss(logits_TE, indices_TK, context, valid_BS))

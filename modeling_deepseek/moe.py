@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_deepseek import DeepseekConfig
 from .layers import DeepseekMLP
@@ -93,8 +94,11 @@ class DeepseekGate(nn.Module):
     def forward(self, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Router logits (T, E), weights (T, K) and experts (T, K)."""
         config = self.config
-        dtype = torch.float32 if config.router_logits_dtype == "float32" else hidden_TD.dtype
-        logits_TE = F.linear(hidden_TD.to(dtype), self.weight.to(dtype))
+        if config.router_logits_dtype == "float32":
+            with maybe_autocast(hidden_TD.device.type, enabled=False):  # or it would be bfloat16 after all
+                logits_TE = F.linear(hidden_TD.float(), self.weight.float())
+        else:
+            logits_TE = F.linear(hidden_TD, self.weight.to(hidden_TD.dtype))
         # V2's code scales the weights only where it does not normalise them, and never normalises a single one.
         is_v2 = config.model_type == "deepseek_v2"
         normalise = config.norm_topk_prob and not (is_v2 and config.num_experts_per_tok == 1)

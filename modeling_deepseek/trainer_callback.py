@@ -5,7 +5,9 @@ Under TRL it also puts back two losses: TRL's SFT and its kin bypass the model's
 knows neither MTP modules nor DeepSeek's balance loss, and would leave the modules untrained without a word.
 """
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ class DeepseekTrainerCallback(TrainerCallback):
 
     Logged with the trainer's own values: `max_vio` (mean over layers) and `max_vio/layer_i`, each a mean over the
     steps since the last log. `trainer.state.log_history` also gets `tokens_per_expert`, a list for each layer, summed
-    over these steps. The bias itself is part of the model's state, saved and resumed with it.
+    over these steps; layers that routed nothing (MTP modules out of the loss) are left out. The bias itself is part of
+    the model's state, saved and resumed with it.
 
     Reporters (W&B, TensorBoard) that stand before a callback in the trainer's list do not see what it adds to a log;
     `attach` puts this one first.
@@ -32,7 +35,8 @@ class DeepseekTrainerCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._steps: list[dict[int, torch.Tensor]] = []
+        # For each layer since the last log: steps, sum of MaxVio, sum of tokens per expert.
+        self._load: dict[int, tuple[int, float, torch.Tensor]] = {}
 
     @classmethod
     def attach(cls, trainer: Any) -> "DeepseekTrainerCallback":
@@ -47,22 +51,24 @@ class DeepseekTrainerCallback(TrainerCallback):
             restore_losses_under_trl(model, getattr(args, "loss_type", None))
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self._steps.append(deepseek_model(model).update_correction_bias())
+        load = deepseek_model(model).update_correction_bias()
+        if not state.is_world_process_zero:  # only that one logs
+            return
+        for layer, counts_E in load.items():
+            if counts_E.any():
+                steps, violation, tokens_E = self._load.get(layer, (0, 0.0, torch.zeros_like(counts_E)))
+                self._load[layer] = (steps + 1, violation + max_violation(counts_E), tokens_E + counts_E)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not self._steps or logs is None or not state.is_world_process_zero:
+        if not self._load or logs is None:
             return
-        layers = self._steps[0].keys()
-        per_layer = {
-            layer: sum(max_violation(step[layer]) for step in self._steps) / len(self._steps) for layer in layers
-        }
+        per_layer = {layer: violation / steps for layer, (steps, violation, _) in self._load.items()}
         values = {f"max_vio/layer_{layer}": value for layer, value in per_layer.items()}
-        if per_layer:
-            values["max_vio"] = sum(per_layer.values()) / len(per_layer)
+        values["max_vio"] = sum(per_layer.values()) / len(per_layer)
         logs.update(values)
-        tokens = {str(layer): torch.stack([step[layer] for step in self._steps]).sum(0).tolist() for layer in layers}
+        tokens = {str(layer): tokens_E.tolist() for layer, (_, _, tokens_E) in self._load.items()}
         state.log_history[-1].update(values, tokens_per_expert=tokens)
-        self._steps.clear()
+        self._load.clear()
 
 
 def deepseek_model(model: nn.Module | None) -> DeepseekPreTrainedModel:
@@ -88,9 +94,7 @@ def restore_losses_under_trl(model: DeepseekForCausalLM, loss_type: str | None =
         ValueError: for `loss_type` "dft", which uses `log_probs` in another way, together with MTP modules.
     """
     fused = vars(model).get("forward")
-    if fused is None or "fused_lm_head" not in inspect.signature(fused, follow_wrapped=False).parameters:
-        return
-    if getattr(fused, "restores_losses", False):
+    if fused is None or not _has_fused_head(fused):
         return
     with_mtp = model.config.num_nextn_predict_layers > 0 and model.config.mtp_loss_weight > 0
     if with_mtp and loss_type not in (None, "nll"):
@@ -99,26 +103,44 @@ def restore_losses_under_trl(model: DeepseekForCausalLM, loss_type: str | None =
             "`model.config.mtp_loss_weight = 0` to leave the modules as they are"
         )
 
+    @functools.wraps(fused)  # `generate` checks its arguments against the signature
     def forward(*args: Any, fused_lm_head: bool = False, labels=None, shift_labels=None, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return fused(*args, labels=labels, shift_labels=shift_labels, **kwargs)
-        seen: list[DeepseekModelOutput] = []
-        hook = model.model.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        inputs = dict(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False)) | kwargs
+        aux_losses: list[torch.Tensor] = []
+        token_losses: list[torch.Tensor] = []
+
+        # A hook, because only inside `fused` does the autocast hold that accelerate has wrapped around it.
+        def add_losses(module: nn.Module, hook_inputs: Any, stack: DeepseekModelOutput) -> None:
+            if stack.aux_loss is not None:
+                aux_losses.append(stack.aux_loss)
+            if with_mtp:
+                targets_BS = model.next_targets(labels, shift_labels, inputs)
+                losses, balance = model.mtp_token_losses(stack, targets_BS, inputs)
+                token_losses.extend(loss_BS for loss_BS, _ in losses)
+                aux_losses.extend(balance)
+
+        hook = model.model.register_forward_hook(add_losses)
         try:
             output = fused(*args, fused_lm_head=True, labels=labels, shift_labels=shift_labels, **kwargs)
         finally:
             hook.remove()
-        stack, aux_loss = seen[0], seen[0].aux_loss
-        if with_mtp:
-            inputs = dict(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False)) | kwargs
-            losses, balance = model.mtp_token_losses(stack, model.next_targets(labels, shift_labels, inputs), inputs)
-            extra_BS = torch.stack([loss_BS for loss_BS, _ in losses]).mean(0) * model.config.mtp_loss_weight
+        if token_losses:
+            extra_BS = torch.stack(token_losses).mean(0) * model.config.mtp_loss_weight
             output.log_probs = output.log_probs - extra_BS[:, : output.log_probs.shape[1]].to(output.log_probs)
-            if aux_loss is not None and balance:
-                aux_loss = aux_loss + torch.stack(balance).sum().to(aux_loss.device)
-        if output.aux_loss is not None and aux_loss is not None:
-            output.aux_loss = aux_loss
+        if output.aux_loss is not None and aux_losses:
+            output.aux_loss = torch.stack([loss.to(output.aux_loss.device) for loss in aux_losses]).sum()
         return output
 
     forward.restores_losses = True  # type: ignore[attr-defined]  # a mark on our own function
-    model.forward = forward  # type: ignore[method-assign]  # TRL has done the same before
+    model.forward = forward  # TRL has done the same before
+
+
+def _has_fused_head(forward: Callable | None) -> bool:
+    """Whether TRL's fused head lies in `forward` or below its wrappers (accelerate's autocast), without ours."""
+    while forward is not None and not getattr(forward, "restores_losses", False):
+        if "fused_lm_head" in inspect.signature(forward, follow_wrapped=False).parameters:
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
