@@ -27,7 +27,7 @@ lint: venv  ## check style, format and types
 	$(BIN)/mypy
 
 bench: venv  ## measure the model against transformers' own, print the table
-	$(BIN)/python tests/benchmarks/run.py
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/run.py $(ROWS)
 
 clean:  ## remove the environment and what the tools leave behind
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -79,7 +79,9 @@ def eager_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out, with the signature of transformers' interface: (B, Q, H, V) and weights (B, H, Q, S)."""
     scores_BHQS = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores_BHQS = scores_BHQS.masked_fill(~attention_mask, torch.finfo(scores_BHQS.dtype).min)
+    elif attention_mask is not None:
         scores_BHQS = scores_BHQS + attention_mask
     weights_BHQS = F.softmax(scores_BHQS, dim=-1, dtype=torch.float32).to(query.dtype)
     weights_BHQS = F.dropout(weights_BHQS, p=dropout, training=module.training)
@@ -121,8 +123,16 @@ def absorbed_attention(
 
     latent = torch.bmm(weights_BHQS.reshape(batch, heads * q_len, -1), c_kv_BSC)
     latent = latent.view(batch, heads, q_len, -1).transpose(0, 1).reshape(heads, batch * q_len, -1)
-    output = torch.bmm(latent, w_uv_HVC.transpose(1, 2)).view(heads, batch, q_len, -1)
+    output = _unfold(latent, w_uv_HVC).view(heads, batch, q_len, -1)
     return output.permute(1, 2, 0, 3).contiguous(), weights_BHQS
+
+
+def _unfold(latent: torch.Tensor, w_uv_HVC: torch.Tensor) -> torch.Tensor:
+    """W_UV on the latents of each head, (H, B x Q, C) to (H, B x Q, V)."""
+    if latent.device.type == "cpu" and latent.dtype != torch.float32:
+        # oneDNN copies a transposed right factor, here the weight, at every call; a transposed left one it does not.
+        return torch.bmm(w_uv_HVC, latent.transpose(1, 2)).transpose(1, 2).contiguous()
+    return torch.bmm(latent, w_uv_HVC.transpose(1, 2))
 
 
 class DeepseekMLA(nn.Module):
