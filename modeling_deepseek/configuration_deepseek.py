@@ -228,12 +228,9 @@ class DeepseekConfig(PreTrainedConfig):
         for name in ("n_group", "topk_group"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}; None is for no groups")
-        experts, groups, top_groups, top_k = (
-            self.n_routed_experts,
-            self.n_group or 1,
-            self.topk_group or 1,
-            self.num_experts_per_tok,
-        )
+        experts, top_k = self.n_routed_experts, self.num_experts_per_tok
+        groups, top_groups = self.n_group or 1, self.topk_group or 1
+        assert experts is not None
         for name in ("n_routed_experts", "moe_intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}; None is for a dense model")
@@ -277,6 +274,12 @@ class DeepseekConfig(PreTrainedConfig):
             raise ValueError(f"`rope_scaling` of type {rope_type!r} needs a `factor` >= 1, got {rope.get('factor')!r}")
         if rope.get("rope_theta") is None:
             raise ValueError("`rope_theta` must be a positive number, got None")
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """`rope_parameters` as construction has completed them: `rope_type`, `rope_theta` and what the type needs."""
+        assert self.rope_parameters is not None
+        return self.rope_parameters
 
     @property
     def cache_values_per_token(self) -> int:

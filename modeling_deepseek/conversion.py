@@ -211,9 +211,9 @@ class LoadingPlan:
         if re.match(r"^(lm_head|score|classifier|qa_outputs)\.", name) or name.endswith("rotary_emb.inv_freq"):
             return False
         layer = re.match(r"^layers\.(\d+)\.", name)
-        first_dropped = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
-        is_mtp = layer is not None and f"layers.{layer[1]}.eh_proj.weight" in self.stored
-        return not (is_mtp and int(layer[1]) >= first_dropped)
+        if layer is None or f"layers.{layer[1]}.eh_proj.weight" not in self.stored:
+            return True
+        return int(layer[1]) < self.config.num_hidden_layers + self.config.num_nextn_predict_layers
 
     def _match(self, name: str, shape: torch.Size, dtype: torch.dtype) -> LazyParameter | None:
         experts = EXPERTS.match(name)
@@ -292,8 +292,8 @@ def hub_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The state of a model as the Hub's tensors: experts one by one, the shared embedding and head copied into each
     MTP module, and with `fp8` the matrices of the layers in blocks, each followed by its scales."""
-    head = state_dict.get("lm_head.weight")
     embedding = state_dict.get("model.embed_tokens.weight", state_dict.get("embed_tokens.weight"))
+    head = state_dict.get("lm_head.weight", embedding if config.tie_word_embeddings else None)
     for name, tensor in state_dict.items():
         prefix = name[: len(name) - len(without_prefix(name))]
         for hub_name, part in _one_by_one(without_prefix(name), tensor):
@@ -311,8 +311,8 @@ def hub_tensors(
             # Clones: a safetensors file holds no two names for one tensor.
             if embedding is not None:
                 yield module + "embed_tokens.weight", embedding.clone()
-            if head is not None or (config.tie_word_embeddings and embedding is not None):
-                yield module + "shared_head.head.weight", (embedding if head is None else head).clone()
+            if head is not None:
+                yield module + "shared_head.head.weight", head.clone()
 
 
 def _one_by_one(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -149,7 +149,7 @@ class DeepseekMLA(nn.Module):
         self.qk_nope_head_dim, self.qk_rope_head_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.v_head_dim, self.kv_lora_rank = config.v_head_dim, config.kv_lora_rank
         self.qk_head_dim = config.qk_head_dim
-        self.scaling = self.qk_head_dim**-0.5 * rope_magnitudes(config.rope_parameters)[1]
+        self.scaling = self.qk_head_dim**-0.5 * rope_magnitudes(config.rope)[1]
         hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
 
         if config.q_lora_rank is None:

@@ -13,7 +13,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,7 @@ from .conversion import (
 from .decoder_layer import DeepseekDecoderLayer
 from .layers import DeepseekRMSNorm
 from .mla import DeepseekMLA, choose_mla_path, is_flash
-from .moe import DeepseekExperts, DeepseekGate, load_balancing_loss
+from .moe import DeepseekExperts, DeepseekGate, DeepseekMoE, load_balancing_loss
 from .mtp import DeepseekMTPLayer, document_ids, same_document, shift_left, targets_ahead
 from .rope import rope_angles, rope_frequencies, rope_magnitudes
 
@@ -111,6 +111,7 @@ class SequenceContext:
     position_embeddings: tuple[torch.Tensor, torch.Tensor]  # cos and sin, (B, S, R/2) float32
     documents_BS: torch.Tensor | None  # document of each token, None where each row is one
     valid_BS: torch.Tensor | None  # False for padding, None where there is none
+    attention_kwargs: dict[str, Any]  # what the attention interface in use needs besides the mask
 
 
 class DeepseekRotaryEmbedding(nn.Module):
@@ -121,11 +122,11 @@ class DeepseekRotaryEmbedding(nn.Module):
     def __init__(self, config: DeepseekConfig):
         super().__init__()
         self.config = config
-        self.magnitude = rope_magnitudes(config.rope_parameters)[0]
+        self.magnitude = rope_magnitudes(config.rope)[0]
         self.register_buffer("inv_freq", self.frequencies(), persistent=False)
 
     def frequencies(self) -> torch.Tensor:
-        return rope_frequencies(self.config.rope_parameters, self.config.qk_rope_head_dim)
+        return rope_frequencies(self.config.rope, self.config.qk_rope_head_dim)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -141,6 +142,8 @@ class DeepseekRotaryEmbedding(nn.Module):
 class DeepseekPreTrainedModel(PreTrainedModel):
     """Loading, saving and balancing, for every model of both families."""
 
+    config: DeepseekConfig
+    config_class: type[DeepseekConfig]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeepseekDecoderLayer", "DeepseekMTPLayer"]
@@ -150,12 +153,18 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": DeepseekDecoderLayer, "attentions": DeepseekMLA}
+    _can_record_outputs = {"hidden_states": DeepseekDecoderLayer, "attentions": DeepseekMLA}
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    # Prefixes of the parameters of MTP modules that were asked for beyond those of the checkpoint.
+    fresh_modules: tuple[str, ...] = ()
 
     def __init__(self, config: DeepseekConfig, *args: Any, **kwargs: Any):
         if not isinstance(config, DeepseekConfig):
-            raise ValueError(f"{type(self).__name__} takes a {self.config_class.__name__}, got {type(config).__name__}")
+            ours, theirs = self.config_class.__name__, f"{type(config).__module__}.{type(config).__name__}"
+            raise ValueError(
+                f"{type(self).__name__} takes this package's {ours}, got a {theirs}; pass {ours}.converted(config), or "
+                "use an Auto class"
+            )
         config.check()
         super().__init__(config, *args, **kwargs)
 
@@ -201,10 +210,16 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             Tokens per expert, (E,) int64, for each MoE layer's index (MTP modules count on from
             `num_hidden_layers`). `moe.max_violation` makes one number of it.
         """
-        layers = self.base_model.layers
         return {
-            index: layer.mlp.gate.update_correction_bias(group) for index, layer in enumerate(layers) if layer.is_moe
+            index: layer.mlp.gate.update_correction_bias(group)
+            for index, layer in enumerate(self.stack.layers)
+            if isinstance(layer, DeepseekDecoderLayer) and isinstance(layer.mlp, DeepseekMoE)
         }
+
+    @property
+    def stack(self) -> "DeepseekModel":
+        """The decoder stack without a head: this model itself, or its `model`."""
+        return cast(DeepseekModel, self.base_model)
 
     # Loading
 
@@ -283,7 +298,9 @@ class DeepseekPreTrainedModel(PreTrainedModel):
 
     # Saving
 
-    def save_pretrained(self, save_directory, *, state_dict=None, fp8=False, save_code=False, **kwargs):
+    def save_pretrained(  # type: ignore[override]  # by keyword only, and two keywords more
+        self, save_directory, *, state_dict=None, fp8=False, save_code=False, **kwargs
+    ):
         """As transformers', in the Hub's layout: one tensor for each expert, MTP modules with their copies of the
         shared embedding and head.
 
@@ -301,7 +318,9 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             or kwargs.get("distributed_checkpoint", False)
         )
         if as_it_is and fp8:
-            raise ValueError("`fp8=True` needs a whole model in memory: no adapters, quantised, sharded or offloaded one")
+            raise ValueError(
+                "`fp8=True` needs a whole model in memory, without adapters, quantisation, shards or offloading"
+            )
         had_quantization = getattr(self.config, "quantization_config", None)
         had_auto_map = getattr(self.config, "auto_map", None)
         if not as_it_is:
@@ -342,17 +361,17 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         return {"AutoConfig": f"configuration_deepseek.{family}Config", **auto_map}
 
 
-def _may_be_missing(model: PreTrainedModel, name: str) -> bool:
+def _may_be_missing(model: "DeepseekPreTrainedModel", name: str) -> bool:
     """New heads, weights tied to another, and MTP modules that were asked for beyond the checkpoint's."""
     if name.startswith("score.") or name in model.all_tied_weights_keys:
         return True
-    return name.startswith(tuple(getattr(model, "_fresh_modules", ())))
+    return name.startswith(model.fresh_modules)
 
 
 def _settle_mtp_modules(model: "DeepseekPreTrainedModel", stored: dict[str, Any], file: str) -> None:
     """Decides for the MTP modules of which the checkpoint has nothing: dropped if only its configuration promised
     them, fresh if the caller asked for more than it promised. Anything in between is left to be missed."""
-    config, base = model.config, model.base_model
+    config, base = model.config, model.stack
     first, wanted = config.num_hidden_layers, config.num_nextn_predict_layers
     absent = set(range(wanted)) - stored_mtp_modules(stored, first)
     if not absent:
@@ -365,7 +384,7 @@ def _settle_mtp_modules(model: "DeepseekPreTrainedModel", stored: dict[str, Any]
     fresh = {module for module in absent if module >= promised}
     if fresh:
         prefix = "" if base is model else f"{model.base_model_prefix}."
-        model._fresh_modules = [f"{prefix}layers.{first + module}." for module in fresh]
+        model.fresh_modules = tuple(f"{prefix}layers.{first + module}." for module in fresh)
         logger.warning(f"MTP modules {sorted(fresh)} are not in the checkpoint and start from random weights.")
     elif absent == set(range(wanted)):
         logger.warning(
@@ -431,10 +450,10 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 position_embeddings=context.position_embeddings,
                 attention_mask=context.attention_mask,
                 past_key_values=past_key_values,
-                **kwargs,
+                **{**context.attention_kwargs, **kwargs},
             )
-            if layer.is_moe:
-                self.record_load(layer, indices_TK, context.valid_BS)
+            if logits_TE is not None:
+                self.record_load(cast(DeepseekDecoderLayer, layer), indices_TK, context.valid_BS)
                 routing.append((logits_TE, indices_TK))
 
         if output_router_logits is None:
@@ -447,7 +466,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         return DeepseekModelOutput(
             last_hidden_state=self.norm(hidden_BSD),
             past_key_values=past_key_values,
-            router_logits=tuple(logits_TE for logits_TE, _ in routing) if output_router_logits else None,
+            router_logits=tuple(logits for logits, _ in routing) if output_router_logits else None,  # type: ignore[arg-type]  # annotated there as a tuple of one
             aux_loss=aux_loss,
             pre_norm_hidden_state=hidden_BSD if wants_pre_norm else None,
         )
@@ -466,27 +485,45 @@ class DeepseekModel(DeepseekPreTrainedModel):
         static = past_key_values is not None and past_key_values.is_compileable
         mask_cache = past_key_values if static or (isinstance(past, int) and past > 0) else None
 
-        documents_BS = self.documents(position_ids, batch, length) if mask_cache is None else None
+        documents_BS = self.documents(position_ids, batch, length)
+        if documents_BS is not None and mask_cache is not None and (is_tracing(documents_BS) or past > 0):
+            documents_BS = None
         if position_ids is None:
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
         valid_BS = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            if isinstance(past, int):  # the mask of a whole prompt may come with each chunk of it
+                attention_mask = attention_mask[:, : past + length]
             valid_BS = attention_mask[:, -length:].to(device=inputs_embeds.device, dtype=torch.bool)
 
         kv_length = mask_cache.get_mask_sizes(length, 0)[0] if mask_cache is not None else length
-        config = self.config
-        if is_flash(config._attn_implementation) and choose_mla_path(config, length, kv_length) == "absorbed":
-            config = copy.copy(config)  # flash kernels take no head size above 256: a dense mask for our own
-            config._attn_implementation = "sdpa"
+        apart_BS = _documents_apart(documents_BS, position_ids, valid_BS)
+        and_mask = None
+        # transformers finds packed documents by itself only where there is neither an attention mask nor a cache.
+        if apart_BS is not None and (valid_BS is not None or mask_cache is not None):
+            apart_BS = F.pad(apart_BS, (0, kv_length - length), value=-1)  # places of a static cache not yet filled
+
+            def and_mask(row, head, query, key):
+                return apart_BS[row, query] == apart_BS[row, key]
+
+        config, attention_kwargs = self.config, {}
+        if is_flash(config._attn_implementation):
+            if choose_mla_path(config, length, kv_length) == "absorbed":
+                config = copy.copy(config)  # flash kernels take no head size above 256: a dense mask for our own
+                config._attn_implementation = "sdpa"
+            elif apart_BS is not None and is_tracing(apart_BS):
+                attention_kwargs = {"position_ids": position_ids}
+            elif apart_BS is not None and mask_cache is None:
+                attention_kwargs, attention_mask = _flash_lengths(apart_BS, valid_BS), None
         causal_mask = create_causal_mask(
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=mask_cache,
             position_ids=position_ids,
-            and_mask_function=_packed_with_padding(documents_BS, valid_BS),
+            and_mask_function=and_mask,
         )
-        return SequenceContext(causal_mask, self.rotary_emb(position_ids), documents_BS, valid_BS)
+        return SequenceContext(causal_mask, self.rotary_emb(position_ids), documents_BS, valid_BS, attention_kwargs)
 
     @staticmethod
     def documents(position_ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
@@ -498,10 +535,10 @@ class DeepseekModel(DeepseekPreTrainedModel):
             return None
         return documents_BS
 
-    def record_load(self, layer: nn.Module, indices_TK: torch.Tensor, valid_BS: torch.Tensor | None) -> None:
+    def record_load(self, layer: DeepseekDecoderLayer, indices_TK: torch.Tensor, valid_BS: torch.Tensor | None) -> None:
         """Counts a layer's choices for the bias update, while training. Called outside the layers, so that gradient
         checkpointing, which runs a layer twice, counts once."""
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and isinstance(layer.mlp, DeepseekMoE):
             valid_T = None if valid_BS is None else valid_BS.flatten().to(indices_TK.device)
             layer.mlp.gate.record_load(indices_TK, valid_T)
 
@@ -521,28 +558,42 @@ class DeepseekModel(DeepseekPreTrainedModel):
             ids, sequence_T = unique_BS.flatten().unique(return_inverse=True)
             n_sequences = len(ids)
         valid_T = None if valid_BS is None else valid_BS.flatten().to(device)
-        return load_balancing_loss(
-            logits_TE, indices_TK, self.config.scoring_func, sequence_T, n_sequences, valid_T
-        )
+        return load_balancing_loss(logits_TE, indices_TK, self.config.scoring_func, sequence_T, n_sequences, valid_T)
 
 
-def _packed_with_padding(documents_BS: torch.Tensor | None, valid_BS: torch.Tensor | None):
-    """transformers finds packed documents by itself only where there is no attention mask. With one, this keeps
-    tokens of different documents apart; None where nothing but padding separates them."""
-    if documents_BS is None or valid_BS is None or is_tracing(documents_BS):
-        return None
-    boundary = (documents_BS[:, 1:] != documents_BS[:, :-1]) & valid_BS[:, 1:] & valid_BS[:, :-1]
-    if not boundary.any():
-        return None
-    return lambda batch, head, query, key: documents_BS[batch, query] == documents_BS[batch, key]
+def _documents_apart(
+    documents_BS: torch.Tensor | None, position_ids: torch.Tensor, valid_BS: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Number of the document that attention keeps each token in, (B, S), None where each row is one. Padding has
+    positions of any kind, so that a token behind it begins a document only where its position falls back."""
+    if documents_BS is None or valid_BS is None:
+        return documents_BS
+    position_ids = position_ids.expand(valid_BS.shape[0], -1)
+    index_BS = torch.arange(valid_BS.shape[1], device=valid_BS.device).expand_as(valid_BS)
+    # Index of the last token before each that is not padding, -1 where there is none.
+    before_BS = torch.where(valid_BS, index_BS, -1).cummax(dim=-1).values[:, :-1]
+    step_BS = position_ids[:, 1:] - position_ids.gather(1, before_BS.clamp(min=0))
+    starts_BS = torch.where(before_BS == index_BS[:, :-1], step_BS != 1, step_BS <= 0)
+    apart_BS = F.pad((starts_BS & valid_BS[:, 1:] & (before_BS >= 0)).cumsum(dim=-1), (1, 0))
+    return apart_BS if is_tracing(apart_BS) or apart_BS[:, -1].any() else None
+
+
+def _flash_lengths(apart_BS: torch.Tensor, valid_BS: torch.Tensor | None) -> dict[str, Any]:
+    """Where each document, or padding between two, begins in the flattened batch: flash kernels take this in place of
+    a mask, and transformers' interface finds it out by itself only for a batch of one without an attention mask."""
+    segments_BS = apart_BS * 2 if valid_BS is None else apart_BS * 2 + valid_BS
+    starts_BS = F.pad(segments_BS.diff(dim=-1) != 0, (1, 0), value=True)
+    bounds = F.pad(starts_BS.flatten().nonzero().flatten(), (0, 1), value=starts_BS.numel()).to(torch.int32)
+    longest = int(bounds.diff().max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
 class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
     """The stack with its head, and with the losses of multi-token prediction and of balance."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
-    _pp_plan: ClassVar[dict[str, Any]] = {"lm_head": (["hidden_states"], ["logits"])}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan: dict[str, Any] = {"lm_head": (["hidden_states"], ["logits"])}
     stack_class: ClassVar[type[DeepseekModel]]
 
     def __init__(self, config: DeepseekConfig):
@@ -587,8 +638,10 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
+        assert outputs.last_hidden_state is not None
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         result = DeepseekCausalLMOutput(
             logits=logits,
@@ -678,7 +731,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
                 shift_left(embeds_BSD, depth),
                 position_embeddings=context.position_embeddings,
                 attention_mask=context.attention_mask,
-                **layer_kwargs,
+                **{**context.attention_kwargs, **layer_kwargs},
             )
             normed_BSD = layer.shared_head.norm(hidden_BSD)
             hidden_BSD = normed_BSD if after_norm else hidden_BSD
@@ -686,7 +739,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             logits = self.lm_head(normed_BSD).float()
             token_losses = F.cross_entropy(logits.flatten(0, 1), ahead_BS.flatten(), reduction="none")
             losses.append((token_losses.view_as(ahead_BS), ahead_BS != -100))
-            if layer.is_moe:
+            if logits_TE is not None:
                 valid_BS = same_document(context.documents_BS, targets_BS, depth)
                 if context.valid_BS is not None:  # neither padding, nor a last token that sees padding ahead
                     valid_BS = valid_BS & context.valid_BS & shift_left(context.valid_BS, depth, fill=False)
@@ -701,7 +754,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
                 "`use_mtp=True` would reload the MTP modules from disk in transformers' own classes; drafting with "
                 "the modules of this model is not there yet: leave `use_mtp` out"
             )
-        return super()._get_candidate_generator(generation_config, *args, **kwargs)
+        return super()._get_candidate_generator(generation_config, *args, **kwargs)  # type: ignore[misc]  # a self-type
 
 
 class _ClassificationHead(DeepseekPreTrainedModel):
@@ -713,7 +766,7 @@ class _ClassificationHead(DeepseekPreTrainedModel):
         config = copy.deepcopy(config)
         config.num_nextn_predict_layers = 0
         DeepseekPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels or 2
         self.model = self.stack_class(config)
 
 
@@ -722,7 +775,7 @@ class DeepseekForSequenceClassification(GenericForSequenceClassification, _Class
 
     def __init__(self, config: DeepseekConfig):
         self._build(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
 
@@ -733,7 +786,7 @@ class DeepseekForTokenClassification(GenericForTokenClassification, _Classificat
         self._build(config)
         classifier_dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if classifier_dropout is None else classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
 

@@ -75,6 +75,9 @@ class DeepseekGate(nn.Module):
     def __init__(self, config: DeepseekConfig):
         super().__init__()
         self.config = config
+        assert config.n_routed_experts is not None
+        assert config.num_experts_per_tok is not None
+        self.top_k = config.num_experts_per_tok
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         nn.init.normal_(self.weight, std=config.initializer_range)
         bias_E = torch.zeros(config.n_routed_experts) if config.topk_method == "noaux_tc" else None
@@ -101,11 +104,11 @@ class DeepseekGate(nn.Module):
             logits_TE = F.linear(hidden_TD, self.weight.to(hidden_TD.dtype))
         # V2's code scales the weights only where it does not normalise them, and never normalises a single one.
         is_v2 = config.model_type == "deepseek_v2"
-        normalise = config.norm_topk_prob and not (is_v2 and config.num_experts_per_tok == 1)
+        normalise = config.norm_topk_prob and not (is_v2 and self.top_k == 1)
         weights_TK, indices_TK = route(
             affinities(logits_TE, config.scoring_func),
             self.e_score_correction_bias,
-            top_k=config.num_experts_per_tok,
+            top_k=self.top_k,
             topk_method=config.topk_method,
             n_group=config.n_group or 1,
             topk_group=config.topk_group or 1,
@@ -204,6 +207,7 @@ class DeepseekExperts(nn.Module):
 
     def __init__(self, config: DeepseekConfig):
         super().__init__()
+        assert config.n_routed_experts is not None
         self.num_experts = config.n_routed_experts
         hidden, width = config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden))

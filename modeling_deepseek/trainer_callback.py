@@ -80,7 +80,7 @@ def deepseek_model(model: nn.Module | None) -> DeepseekPreTrainedModel:
     for module in model.modules() if model is not None else ():
         if isinstance(module, DeepseekPreTrainedModel):
             return module
-    raise ValueError(f"no DeepSeek model of this package in {type(model).__name__}: the callback has nothing to balance")
+    raise ValueError(f"no DeepSeek model of this package in {type(model).__name__}: nothing to balance")
 
 
 def restore_losses_under_trl(model: DeepseekForCausalLM, loss_type: str | None = None) -> None:

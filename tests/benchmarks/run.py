@@ -42,9 +42,8 @@ def alternate(ours: Callable[[], object], theirs: Callable[[], object], runs: in
             pair.append(time.perf_counter() - start)
         if run >= warmup:
             pairs.append(pair)
-    return Timing(
-        median(pair[0] for pair in pairs), median(pair[1] for pair in pairs), median(pair[1] / pair[0] for pair in pairs)
-    )
+    ours_s, theirs_s = zip(*pairs, strict=True)
+    return Timing(median(ours_s), median(theirs_s), median(b / a for a, b in pairs))
 
 
 def main(words: list[str]) -> None:

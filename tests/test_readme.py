@@ -1,0 +1,23 @@
+"""The README stays true: its examples run, and its tree names every file that is there."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_examples_run_in_order():
+    blocks = re.findall(r"(<!-- example: not run[^\n]*-->\n)?```python\n(.*?)```", README, re.DOTALL)
+    examples = [code for skipped, code in blocks if not skipped]
+    assert len(examples) >= 4
+    exec(compile("\n".join(examples), "README.md", "exec"), {})
+
+
+def test_tree_names_every_module():
+    tree = README[README.index("## What is where") :]
+    for folder in ("modeling_deepseek",):
+        for file in (ROOT / folder).glob("*.py"):
+            assert file.name in tree, f"{file.name} is not in the README's tree"
+    for line in re.findall(r"^  (\w+\.py)", tree, re.MULTILINE):
+        assert list(ROOT.glob(f"**/{line}")), f"the README's tree names {line}, which is not there"
