@@ -29,6 +29,7 @@ SCALE_SUFFIX = "_scale_inv"
 # The weights that the released checkpoints hold in FP8: every matrix of a decoder layer but the router's and eh_proj.
 FP8_WEIGHT = re.compile(r"layers\.\d+\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
 MTP_COPIES = re.compile(r"^layers\.(\d+)\.(embed_tokens|shared_head\.head)\.weight$")
+OF_HEADS = re.compile(r"^(lm_head|score|classifier|qa_outputs)\.")
 EXPERTS = re.compile(r"^(layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 
 
@@ -119,15 +120,30 @@ def open_checkpoint(files: Iterable[str]) -> dict[str, StoredTensor]:
     """Every tensor of the safetensors `files` by name, none of them read.
 
     Raises:
-        CheckpointError: for a file that ends early, naming the first tensor that is cut.
+        CheckpointError: for a file that is not there or ends early, naming what it should hold, and for a tensor that
+            is in two files.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in files:
+        if not os.path.exists(file):
+            raise CheckpointError(f"{file} is missing{_what_the_index_says_of(file)}; fetch it again")
         header = _read_header(file)
         handle = safe_open(file, framework="pt")
         for name, entry in header.items():
+            if name in tensors:
+                raise CheckpointError(f"{name} is in two files, {tensors[name].file} and {file}; remove the wrong one")
             tensors[name] = StoredTensor(name, file, tuple(entry["shape"]), entry["dtype"], handle)
     return tensors
+
+
+def _what_the_index_says_of(file: str) -> str:
+    index = os.path.join(os.path.dirname(file), "model.safetensors.index.json")
+    if not os.path.exists(index):
+        return ""
+    with open(index, encoding="utf-8") as stream:
+        shards = json.load(stream)["weight_map"]
+    names = [name for name, shard in shards.items() if shard == os.path.basename(file)]
+    return f", which holds {_some(names)}" if names else ""
 
 
 def _read_header(file: str) -> dict[str, Any]:
@@ -177,7 +193,12 @@ class LoadingPlan:
         self.config = config
         self.block_size = block_size
         self.any_shape = any_shape
-        self.stored = {without_prefix(name): tensor for name, tensor in stored.items()}
+        self.stored: dict[str, StoredTensor] = {}
+        for name, tensor in stored.items():
+            twin = self.stored.setdefault(without_prefix(name), tensor)
+            if twin is not tensor:
+                raise CheckpointError(f"{tensor} and {twin} are the same tensor of the model; remove the wrong one")
+        self.prefixed = any(name.startswith("model.") for name in stored)
         self.used: set[str] = set()
         self.missing: list[str] = []
         self.parameters: dict[str, LazyParameter] = {}
@@ -194,9 +215,10 @@ class LoadingPlan:
         files = {tensor.file for tensor in self.stored.values()}
         where = os.path.dirname(next(iter(files))) if files else "the checkpoint"
         if self.missing:
+            missing = _some([self._spelt(name) for name in self.missing])
             raise CheckpointError(
-                f"{where} lacks {_some(self.missing)}, which its configuration calls for; fetch the file again, or "
-                "correct the configuration"
+                f"{where} lacks {missing}, which its configuration calls for; fetch the file again, or correct the "
+                "configuration"
             )
         surplus = [tensor.name for name, tensor in self.stored.items() if name not in self.used and self._is_odd(name)]
         if surplus:
@@ -205,10 +227,14 @@ class LoadingPlan:
                 "configuration, or remove them from the file"
             )
 
+    def _spelt(self, name: str) -> str:
+        """The name as the files would spell it."""
+        return f"model.{name}" if self.prefixed and not OF_HEADS.match(name) else name
+
     def _is_odd(self, name: str) -> bool:
         """Whether a tensor that nothing asked for is an error: heads of other tasks, old rotary buffers and MTP
         modules that were not asked for are not."""
-        if re.match(r"^(lm_head|score|classifier|qa_outputs)\.", name) or name.endswith("rotary_emb.inv_freq"):
+        if OF_HEADS.match(name) or name.endswith("rotary_emb.inv_freq"):
             return False
         layer = re.match(r"^layers\.(\d+)\.", name)
         if layer is None or f"layers.{layer[1]}.eh_proj.weight" not in self.stored:
@@ -249,10 +275,12 @@ class LoadingPlan:
                 "is wrong"
             )
         scale = self.stored.get(name + SCALE_SUFFIX)
+        if tensor.dtype not in ("F64", "F32", "F16", "BF16", "F8_E4M3"):
+            raise CheckpointError(f"{tensor} is stored as {tensor.dtype}, which is no format of these models' weights")
         if tensor.dtype != "F8_E4M3":
             return LazyParameter(lambda: tensor.read().to(dtype))  # a scale beside it stays unused, and is surplus
         if scale is None:
-            raise CheckpointError(f"{tensor} is in FP8, but its scales {name + SCALE_SUFFIX} are missing")
+            raise CheckpointError(f"{tensor} is in FP8, but its scales {tensor.name + SCALE_SUFFIX} are missing")
         self.used.add(name + SCALE_SUFFIX)
         if scale.shape != scale_grid(tensor.shape, self.block_size):
             raise CheckpointError(

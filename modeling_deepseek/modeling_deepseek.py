@@ -802,11 +802,11 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, DeepseekForCausalLM):
     stack_class = DeepseekV2Model
 
 
-class DeepseekV2ForSequenceClassification(DeepseekForSequenceClassification, DeepseekV2PreTrainedModel):
+class DeepseekV2ForSequenceClassification(DeepseekV2PreTrainedModel, DeepseekForSequenceClassification):
     stack_class = DeepseekV2Model
 
 
-class DeepseekV2ForTokenClassification(DeepseekForTokenClassification, DeepseekV2PreTrainedModel):
+class DeepseekV2ForTokenClassification(DeepseekV2PreTrainedModel, DeepseekForTokenClassification):
     stack_class = DeepseekV2Model
 
 
@@ -822,11 +822,11 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, DeepseekForCausalLM):
     stack_class = DeepseekV3Model
 
 
-class DeepseekV3ForSequenceClassification(DeepseekForSequenceClassification, DeepseekV3PreTrainedModel):
+class DeepseekV3ForSequenceClassification(DeepseekV3PreTrainedModel, DeepseekForSequenceClassification):
     stack_class = DeepseekV3Model
 
 
-class DeepseekV3ForTokenClassification(DeepseekForTokenClassification, DeepseekV3PreTrainedModel):
+class DeepseekV3ForTokenClassification(DeepseekV3PreTrainedModel, DeepseekForTokenClassification):
     stack_class = DeepseekV3Model
 
 
