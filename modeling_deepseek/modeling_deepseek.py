@@ -663,26 +663,29 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             **kwargs,
         }
         targets_BS = self.next_targets(labels, shift_labels, inputs)
+        n_targets = (targets_BS != -100).sum().to(logits.device)
+        items = n_targets if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=logits.device)
+        items = items.clamp(min=1)  # where nothing is to be predicted the loss is 0, not 0 / 0
         lm_loss = self.loss_function(
             logits=logits,
             labels=None,
             vocab_size=self.config.vocab_size,
             shift_labels=targets_BS,
-            num_items_in_batch=num_items_in_batch,
+            num_items_in_batch=items,
         )
         loss, aux_loss = lm_loss, outputs.aux_loss
         if self.config.num_nextn_predict_layers and self.config.mtp_loss_weight > 0:
             token_losses, mtp_balance = self.mtp_token_losses(outputs, targets_BS, inputs)
             mtp_losses = []
             for losses_BS, valid_BS in token_losses:
-                count = valid_BS.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+                count = valid_BS.sum().clamp(min=1) if num_items_in_batch is None else items
                 mtp_losses.append(losses_BS.sum() / count)
             loss = loss + self.config.mtp_loss_weight * torch.stack(mtp_losses).mean().to(loss.device)
             result.mtp_losses = tuple(mtp_loss.detach() for mtp_loss in mtp_losses)
             if aux_loss is not None and mtp_balance:
                 aux_loss = aux_loss + torch.stack(mtp_balance).sum().to(aux_loss.device)
         if aux_loss is not None:
-            share = 1.0 if num_items_in_batch is None else (targets_BS != -100).sum() / num_items_in_batch
+            share = 1.0 if num_items_in_batch is None else n_targets / items
             loss = loss + self.config.aux_loss_alpha * share * aux_loss.to(loss.device)
             result.aux_loss = aux_loss.detach()
         result.loss, result.lm_loss = loss, lm_loss.detach()
@@ -735,14 +738,14 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             )
             normed_BSD = layer.shared_head.norm(hidden_BSD)
             hidden_BSD = normed_BSD if after_norm else hidden_BSD
-            ahead_BS = targets_ahead(targets_BS, context.documents_BS, depth)
+            valid_BS = same_document(context.documents_BS, targets_BS, depth)
+            if context.valid_BS is not None:  # neither padding, nor a last token that sees padding ahead
+                valid_BS = valid_BS & context.valid_BS & shift_left(context.valid_BS, depth, fill=False)
+            ahead_BS = targets_ahead(targets_BS, context.documents_BS, depth).masked_fill(~valid_BS, -100)
             logits = self.lm_head(normed_BSD).float()
             token_losses = F.cross_entropy(logits.flatten(0, 1), ahead_BS.flatten(), reduction="none")
             losses.append((token_losses.view_as(ahead_BS), ahead_BS != -100))
             if logits_TE is not None:
-                valid_BS = same_document(context.documents_BS, targets_BS, depth)
-                if context.valid_BS is not None:  # neither padding, nor a last token that sees padding ahead
-                    valid_BS = valid_BS & context.valid_BS & shift_left(context.valid_BS, depth, fill=False)
                 self.model.record_load(layer, indices_TK, valid_BS)
                 if outputs.aux_loss is not None:
                     balance.append(self.model.balance_loss(logits_TE, indices_TK, context, valid_BS))
