@@ -481,7 +481,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
         """Masks, angles and document numbers for the tokens at hand, (B, S, D) as embeddings."""
         batch, length = inputs_embeds.shape[:2]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # A dynamic cache that holds nothing says nothing about the mask, and would hide packed documents from it.
+        # A dynamic cache that holds nothing says nothing about the mask, and would keep transformers from looking for
+        # packed documents.
         static = past_key_values is not None and past_key_values.is_compileable
         mask_cache = past_key_values if static or (isinstance(past, int) and past > 0) else None
 
