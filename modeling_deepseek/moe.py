@@ -230,6 +230,7 @@ class DeepseekExperts(nn.Module):
         """Accepts the Hub's layout (one tensor for each expert and projection) besides its own, since `Trainer`
         resumes by `load_state_dict` on saved files and would otherwise leave the experts as they are."""
         width = self.down_proj.shape[-1]
+        found, absent = False, []
         with torch.no_grad():
             for expert in range(self.num_experts):
                 targets = {
@@ -240,7 +241,9 @@ class DeepseekExperts(nn.Module):
                 for name, target in targets.items():
                     source = state_dict.pop(f"{prefix}{expert}.{name}.weight", None)
                     if source is None:
+                        absent.append(f"{prefix}{expert}.{name}.weight")
                         continue
+                    found = True
                     if source.shape != target.shape:
                         raise ValueError(
                             f"{prefix}{expert}.{name}.weight has shape {tuple(source.shape)}, expected "
@@ -249,6 +252,9 @@ class DeepseekExperts(nn.Module):
                     target.copy_(source)
                     fused = "down_proj" if name == "down_proj" else "gate_up_proj"
                     state_dict.setdefault(prefix + fused, getattr(self, fused).data)
+        if found:
+            missing_keys = args[2]  # after local_metadata and strict
+            missing_keys += absent
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
