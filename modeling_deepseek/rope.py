@@ -40,8 +40,9 @@ def rope_frequencies(rope: dict, dim: int) -> torch.Tensor:
     low = max(math.floor(dimension_of(rope.get("beta_fast", 32))), 0)
     high = min(math.ceil(dimension_of(rope.get("beta_slow", 1))), dim - 1)
     width = high - low if high != low else 0.001  # a ramp of no width would divide by zero
-    ramp_P = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
-    return freqs_P / factor * ramp_P + freqs_P * (1 - ramp_P)
+    # In the official code's order, to the last bit: a far position multiplies the difference.
+    smooth_P = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return freqs_P / factor * (1 - smooth_P) + freqs_P * smooth_P
 
 
 def rope_magnitudes(rope: dict) -> tuple[float, float]:
