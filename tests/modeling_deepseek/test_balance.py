@@ -138,32 +138,38 @@ def micro_batch(step: int, micro: int, rank: int) -> torch.Tensor:
     return ids % 5 + 2 if rank else ids
 
 
-def train_on_rank(rank: int, folder: str, accumulate: bool) -> None:
+def train_under_ddp(rank: int, accumulate: bool) -> dict:
+    model = DistributedDataParallel(step_model())  # as by default: buffers broadcast, no search for unused ones
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    loads = []
+    for step in range(STEPS):
+        for micro in range(MICRO_BATCHES):
+            ids = micro_batch(step, micro, rank)
+            waits = accumulate and micro < MICRO_BATCHES - 1
+            with model.no_sync() if waits else nullcontext():
+                (model(ids, labels=ids).loss / MICRO_BATCHES).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loads.append(as_lists(model.module.update_correction_bias()))
+    return {"state": model.module.state_dict(), "loads": loads}
+
+
+def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     try:
-        model = DistributedDataParallel(step_model())  # as by default: buffers broadcast, no search for unused ones
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        loads = []
-        for step in range(STEPS):
-            for micro in range(MICRO_BATCHES):
-                ids = micro_batch(step, micro, rank)
-                waits = accumulate and micro < MICRO_BATCHES - 1
-                with model.no_sync() if waits else nullcontext():
-                    (model(ids, labels=ids).loss / MICRO_BATCHES).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            loads.append(as_lists(model.module.update_correction_bias()))
-        torch.save({"state": model.module.state_dict(), "loads": loads}, f"{folder}/rank{rank}.pt")
+        results = {accumulate: train_under_ddp(rank, accumulate) for accumulate in (True, False)}
+        torch.save(results, f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("accumulate", [True, False], ids=["no_sync", "sync each"])
-def test_two_processes_are_one(tmp_path: Path, accumulate):
-    """Two gloo processes under DDP, against one process on all their rows."""
-    torch.multiprocessing.spawn(train_on_rank, (str(tmp_path), accumulate), nprocs=RANKS)
+def test_two_processes_are_one(tmp_path: Path):
+    """Two gloo processes under DDP, synchronising at each backward or (`no_sync`) once a step, against one process on
+    all their rows."""
+    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=RANKS)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(RANKS)]
+    results = [rank[accumulate] for rank in ranks for accumulate in (True, False)]
 
     model = step_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -173,13 +179,13 @@ def test_two_processes_are_one(tmp_path: Path, accumulate):
         optimizer.step()
         optimizer.zero_grad()
         load = as_lists(model.update_correction_bias())
-        assert [rank["loads"][step] for rank in ranks] == [load, load]
+        assert [result["loads"][step] for result in results] == [load] * 4
     for name, tensor in model.state_dict().items():
-        for rank in ranks:
+        for result in results:
             if "correction_bias" in name:
-                assert torch.equal(rank["state"][name], tensor), name
+                assert torch.equal(result["state"][name], tensor), name
             else:
-                torch.testing.assert_close(rank["state"][name], tensor, rtol=0, atol=1e-5, msg=name)
+                torch.testing.assert_close(result["state"][name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
 def test_load_of_a_group_of_processes(monkeypatch):
