@@ -27,13 +27,11 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_deepseek import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
@@ -46,9 +44,10 @@ from .conversion import (
 )
 from .decoder_layer import DeepseekDecoderLayer
 from .layers import DeepseekRMSNorm
-from .mla import DeepseekMLA, choose_mla_path, is_flash
+from .mla import DeepseekMLA
 from .moe import DeepseekExperts, DeepseekGate, DeepseekMoE, load_balancing_loss
-from .mtp import DeepseekMTPLayer, document_ids, same_document, shift_left, targets_ahead
+from .mtp import DeepseekMTPLayer, same_document, shift_left, targets_ahead
+from .packing import SequenceContext, documents, sequence_context
 from .rope import rope_angles, rope_frequencies, rope_magnitudes
 
 logger = logging.get_logger(__name__)
@@ -75,6 +74,7 @@ TRAVELLING_FILES = (
     "mla.py",
     "moe.py",
     "decoder_layer.py",
+    "packing.py",
     "mtp.py",
     "conversion.py",
     "modeling_deepseek.py",
@@ -101,17 +101,6 @@ class DeepseekCausalLMOutput(MoeCausalLMOutputWithPast):
 
     lm_loss: torch.Tensor | None = None
     mtp_losses: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass(frozen=True)
-class SequenceContext:
-    """What every layer needs to know about the tokens at hand."""
-
-    attention_mask: Any  # for the attention interface in use
-    position_embeddings: tuple[torch.Tensor, torch.Tensor]  # cos and sin, (B, S, R/2) float32
-    documents_BS: torch.Tensor | None  # document of each token, None where each row is one
-    valid_BS: torch.Tensor | None  # False for padding, None where there is none
-    attention_kwargs: dict[str, Any]  # what the attention interface in use needs besides the mask
 
 
 class DeepseekRotaryEmbedding(nn.Module):
@@ -321,6 +310,11 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 "`fp8=True` needs a whole model in memory, without adapters, quantisation, shards or offloading"
             )
+        if save_code and kwargs.get("push_to_hub"):
+            raise ValueError(
+                "`save_code=True` cannot go with `push_to_hub=True`, which uploads before the code is there; save, then "
+                "upload the folder (`huggingface_hub.upload_folder`)"
+            )
         had_quantization = getattr(self.config, "quantization_config", None)
         had_auto_map = getattr(self.config, "auto_map", None)
         if not as_it_is:
@@ -336,6 +330,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                 }
             if save_code:
                 self.config.auto_map = self._auto_map()
+            elif had_auto_map and _names_missing_code(had_auto_map, save_directory):
+                del self.config.auto_map  # of the checkpoint that was loaded, whose code stays where it is
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
             for name, value in (("quantization_config", had_quantization), ("auto_map", had_auto_map)):
@@ -343,7 +339,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                     setattr(self.config, name, value)
                 elif hasattr(self.config, name):
                     delattr(self.config, name)
-        if save_code:
+        if save_code and kwargs.get("is_main_process", True):
             here = Path(__file__).parent
             for name in TRAVELLING_FILES:
                 shutil.copyfile(here / name, Path(save_directory) / name)
@@ -359,6 +355,12 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         }
         auto_map = {auto: f"modeling_deepseek.{family}{name}" for auto, name in classes.items()}
         return {"AutoConfig": f"configuration_deepseek.{family}Config", **auto_map}
+
+
+def _names_missing_code(auto_map: dict[str, Any], folder: str | os.PathLike) -> bool:
+    """Whether it points to a file beside the checkpoint that is not there ("--" points to a repository)."""
+    files = {value.split(".")[0] for value in auto_map.values() if isinstance(value, str) and "--" not in value}
+    return not all((Path(folder) / f"{file}.py").exists() for file in files)
 
 
 def _may_be_missing(model: "DeepseekPreTrainedModel", name: str) -> bool:
@@ -440,14 +442,15 @@ class DeepseekModel(DeepseekPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        context = self.sequence_context(inputs_embeds, attention_mask, position_ids, past_key_values)
+        context = sequence_context(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        position_embeddings = self.rotary_emb(context.position_ids_BS)
 
         hidden_BSD = inputs_embeds
         routing: list[tuple[torch.Tensor, torch.Tensor]] = []
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_BSD, logits_TE, indices_TK = layer(
                 hidden_BSD,
-                position_embeddings=context.position_embeddings,
+                position_embeddings=position_embeddings,
                 attention_mask=context.attention_mask,
                 past_key_values=past_key_values,
                 **{**context.attention_kwargs, **kwargs},
@@ -471,71 +474,6 @@ class DeepseekModel(DeepseekPreTrainedModel):
             pre_norm_hidden_state=hidden_BSD if wants_pre_norm else None,
         )
 
-    def sequence_context(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: Any,
-        position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
-    ) -> SequenceContext:
-        """Masks, angles and document numbers for the tokens at hand, (B, S, D) as embeddings."""
-        batch, length = inputs_embeds.shape[:2]
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # A dynamic cache that holds nothing says nothing about the mask, and would keep transformers from looking for
-        # packed documents.
-        static = past_key_values is not None and past_key_values.is_compileable
-        mask_cache = past_key_values if static or (isinstance(past, int) and past > 0) else None
-
-        documents_BS = self.documents(position_ids, batch, length)
-        if documents_BS is not None and mask_cache is not None and (is_tracing(documents_BS) or past > 0):
-            documents_BS = None
-        if position_ids is None:
-            position_ids = (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
-        valid_BS = None
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            if isinstance(past, int):  # the mask of a whole prompt may come with each chunk of it
-                attention_mask = attention_mask[:, : past + length]
-            valid_BS = attention_mask[:, -length:].to(device=inputs_embeds.device, dtype=torch.bool)
-
-        kv_length = mask_cache.get_mask_sizes(length, 0)[0] if mask_cache is not None else length
-        apart_BS = _documents_apart(documents_BS, position_ids, valid_BS)
-        and_mask = None
-        # transformers finds packed documents by itself only where there is neither an attention mask nor a cache.
-        if apart_BS is not None and (valid_BS is not None or mask_cache is not None):
-            apart_BS = F.pad(apart_BS, (0, kv_length - length), value=-1)  # places of a static cache not yet filled
-
-            def and_mask(row, head, query, key):
-                return apart_BS[row, query] == apart_BS[row, key]
-
-        config, attention_kwargs = self.config, {}
-        if is_flash(config._attn_implementation):
-            if choose_mla_path(config, length, kv_length) == "absorbed":
-                config = copy.copy(config)  # flash kernels take no head size above 256: a dense mask for our own
-                config._attn_implementation = "sdpa"
-            elif apart_BS is not None and is_tracing(apart_BS):
-                attention_kwargs = {"position_ids": position_ids}
-            elif apart_BS is not None and mask_cache is None:
-                attention_kwargs, attention_mask = _flash_lengths(apart_BS, valid_BS), None
-        causal_mask = create_causal_mask(
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=mask_cache,
-            position_ids=position_ids,
-            and_mask_function=and_mask,
-        )
-        return SequenceContext(causal_mask, self.rotary_emb(position_ids), documents_BS, valid_BS, attention_kwargs)
-
-    @staticmethod
-    def documents(position_ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
-        """Document of each token (B, S), None where no row holds more than one."""
-        if position_ids is None or length == 1:
-            return None
-        documents_BS = document_ids(position_ids.expand(batch, -1))
-        if not is_tracing(documents_BS) and not documents_BS[:, -1].any():
-            return None
-        return documents_BS
-
     def record_load(self, layer: DeepseekDecoderLayer, indices_TK: torch.Tensor, valid_BS: torch.Tensor | None) -> None:
         """Counts a layer's choices for the bias update, while training. Called outside the layers, so that gradient
         checkpointing, which runs a layer twice, counts once."""
@@ -551,7 +489,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if not self.config.seq_aux:
             sequence_T, n_sequences = torch.zeros(tokens, dtype=torch.int64, device=device), 1
         elif context.documents_BS is None:
-            length = context.position_embeddings[0].shape[1]
+            length = context.position_ids_BS.shape[1]
             sequence_T, n_sequences = torch.arange(tokens, device=device) // length, tokens // length
         else:
             rows, length = context.documents_BS.shape
@@ -560,33 +498,6 @@ class DeepseekModel(DeepseekPreTrainedModel):
             n_sequences = len(ids)
         valid_T = None if valid_BS is None else valid_BS.flatten().to(device)
         return load_balancing_loss(logits_TE, indices_TK, self.config.scoring_func, sequence_T, n_sequences, valid_T)
-
-
-def _documents_apart(
-    documents_BS: torch.Tensor | None, position_ids: torch.Tensor, valid_BS: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Number of the document that attention keeps each token in, (B, S), None where each row is one. Padding has
-    positions of any kind, so that a token behind it begins a document only where its position falls back."""
-    if documents_BS is None or valid_BS is None:
-        return documents_BS
-    position_ids = position_ids.expand(valid_BS.shape[0], -1)
-    index_BS = torch.arange(valid_BS.shape[1], device=valid_BS.device).expand_as(valid_BS)
-    # Index of the last token before each that is not padding, -1 where there is none.
-    before_BS = torch.where(valid_BS, index_BS, -1).cummax(dim=-1).values[:, :-1]
-    step_BS = position_ids[:, 1:] - position_ids.gather(1, before_BS.clamp(min=0))
-    starts_BS = torch.where(before_BS == index_BS[:, :-1], step_BS != 1, step_BS <= 0)
-    apart_BS = F.pad((starts_BS & valid_BS[:, 1:] & (before_BS >= 0)).cumsum(dim=-1), (1, 0))
-    return apart_BS if is_tracing(apart_BS) or apart_BS[:, -1].any() else None
-
-
-def _flash_lengths(apart_BS: torch.Tensor, valid_BS: torch.Tensor | None) -> dict[str, Any]:
-    """Where each document, or padding between two, begins in the flattened batch: flash kernels take this in place of
-    a mask, and transformers' interface finds it out by itself only for a batch of one without an attention mask."""
-    segments_BS = apart_BS * 2 if valid_BS is None else apart_BS * 2 + valid_BS
-    starts_BS = F.pad(segments_BS.diff(dim=-1) != 0, (1, 0), value=True)
-    bounds = F.pad(starts_BS.flatten().nonzero().flatten(), (0, 1), value=starts_BS.numel()).to(torch.int32)
-    longest = int(bounds.diff().max())
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
 class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
@@ -699,7 +610,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         if shift_labels_BS is not None:
             return shift_labels_BS
         assert labels_BS is not None
-        return targets_ahead(labels_BS, self.model.documents(inputs.get("position_ids"), *labels_BS.shape), 1)
+        return targets_ahead(labels_BS, documents(inputs.get("position_ids"), *labels_BS.shape), 1)
 
     def mtp_token_losses(
         self, outputs: DeepseekModelOutput, targets_BS: torch.Tensor, inputs: dict[str, Any]
@@ -722,9 +633,10 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         embeds_BSD = inputs.get("inputs_embeds")
         if embeds_BSD is None:
             embeds_BSD = self.model.embed_tokens(inputs["input_ids"])
-        context = self.model.sequence_context(
-            embeds_BSD, inputs.get("attention_mask"), inputs.get("position_ids"), None
+        context = sequence_context(
+            self.config, embeds_BSD, inputs.get("attention_mask"), inputs.get("position_ids"), None
         )
+        position_embeddings = self.model.rotary_emb(context.position_ids_BS)
         after_norm = self.config.mtp_hidden_state == "after_norm"
         hidden_BSD = outputs.last_hidden_state if after_norm else outputs.pre_norm_hidden_state
         layer_kwargs = {name: value for name, value in inputs.items() if name not in _STACK_ARGUMENTS}
@@ -733,7 +645,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             hidden_BSD, logits_TE, indices_TK = layer(
                 hidden_BSD,
                 shift_left(embeds_BSD, depth),
-                position_embeddings=context.position_embeddings,
+                position_embeddings=position_embeddings,
                 attention_mask=context.attention_mask,
                 **{**context.attention_kwargs, **layer_kwargs},
             )

@@ -17,18 +17,6 @@ from .decoder_layer import DeepseekDecoderLayer, LayerOutput
 from .layers import DeepseekRMSNorm
 
 
-def document_ids(position_ids_BS: torch.Tensor) -> torch.Tensor:
-    """Number of the document that each position belongs to, (B, S) int64: a new one begins wherever the position is
-    not its predecessor's plus one.
-
-    >>> document_ids(torch.tensor([[0, 1, 2, 0, 1]]))
-    tensor([[0, 0, 0, 1, 1]])
-    """
-    starts_BS = torch.zeros_like(position_ids_BS)
-    starts_BS[:, 1:] = position_ids_BS.diff(dim=-1) != 1
-    return starts_BS.cumsum(dim=-1)
-
-
 def shift_left(x: torch.Tensor, steps: int, fill: float = 0) -> torch.Tensor:
     """Moves axis 1 to the left by `steps`, filling from the right: (a, b, c) by 1 is (b, c, fill)."""
     kept = x[:, steps:]

@@ -12,7 +12,8 @@ from transformers.modeling_layers import MtpModel
 
 from modeling_deepseek import DeepseekV3ForCausalLM
 from modeling_deepseek.decoder_layer import DeepseekDecoderLayer
-from modeling_deepseek.mtp import document_ids, same_document, shift_left, targets_ahead
+from modeling_deepseek.mtp import same_document, shift_left, targets_ahead
+from modeling_deepseek.packing import document_ids
 from tests.tiny import tiny_model, tokens
 
 LAMBDA, ALPHA = 0.3, 0.25  # ALPHA large enough to be seen at 1e-5
