@@ -312,8 +312,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             )
         if save_code and kwargs.get("push_to_hub"):
             raise ValueError(
-                "`save_code=True` cannot go with `push_to_hub=True`, which uploads before the code is there; save, then "
-                "upload the folder (`huggingface_hub.upload_folder`)"
+                "`save_code=True` cannot go with `push_to_hub=True`, which uploads before the code is there; save, "
+                "then upload the folder (`huggingface_hub.upload_folder`)"
             )
         had_quantization = getattr(self.config, "quantization_config", None)
         had_auto_map = getattr(self.config, "auto_map", None)

@@ -201,6 +201,9 @@ def test_dequantize_by_hand():
     scale = torch.tensor([[1.0, 10], [100, 1000]])
     expected = torch.tensor([[1.0, 2, 30], [4, 5, 60], [700, 800, 9000]])
     assert torch.equal(dequantize_blocks(weight, scale, torch.float32, (2, 2)), expected)
+    column_pairs = torch.tensor([[1.0, 10], [100, 1000], [2, 3]])  # blocks of one row and two columns
+    expected = torch.tensor([[1.0, 2, 30], [400, 500, 6000], [14, 16, 27]])
+    assert torch.equal(dequantize_blocks(weight, column_pairs, torch.float32, (1, 2)), expected)
 
 
 def test_quantize_by_hand():
@@ -340,7 +343,14 @@ def test_fp8_loads_exactly_into_one_dtype(dtype, expected_dtype, fp8_checkpoint,
 
 
 def test_fp8_without_torch_dtype_loads_into_bfloat16(fp8_checkpoint, tmp_path):
-    folder = edited(fp8_checkpoint[0], tmp_path, edit_config=lambda config: config.pop("torch_dtype"))
+    """Whatever the dtype of the tensors that are not in FP8."""
+
+    def widen(tensors):
+        for name, tensor in tensors.items():
+            if tensor.dtype == torch.bfloat16:
+                tensors[name] = tensor.float()
+
+    folder = edited(fp8_checkpoint[0], tmp_path, widen, lambda config: config.pop("torch_dtype"))
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
