@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_deepseek import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .conversion import (
     BLOCK_SIZE,
+    CheckpointError,
     LoadingPlan,
     hub_tensors,
     open_checkpoint,
@@ -248,17 +249,15 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         """transformers' own loading, fed with parameters that are read, stacked and dequantised one at a time.
-        Where its pieces must come from files themselves (shards for several devices, offloading to disk, layers that
-        quantise on load, formats other than safetensors), theirs."""
+        Where its pieces must come from files themselves (shards for several devices, layers that quantise on load,
+        formats other than safetensors), theirs."""
         config = model.config
         block_size = config.__dict__.pop("_fp8_block_size", None)
-        device_map = load_config.device_map or {}
         plain = (
             checkpoint_files is not None
             and all(file.endswith(".safetensors") for file in checkpoint_files)
             and load_config.hf_quantizer is None
             and load_config.device_mesh is None
-            and "disk" not in device_map.values()
         )
         if plain:
             stored = open_checkpoint(checkpoint_files)
@@ -277,12 +276,19 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             load_config = dataclasses.replace(load_config, weight_mapping=[])
         elif block_size is not None:
             raise ValueError(
-                "an FP8 checkpoint cannot be loaded together with disk offloading, a device mesh, or a quantization "
-                "other than its own; load it once, save it without `fp8=True`, and load that"
+                "an FP8 checkpoint can be loaded from safetensors files only, and not together with a device mesh or a "
+                "quantization other than its own; load it once, save it without `fp8=True`, and load that"
             )
         result = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         if plain:
             model._weight_conversions = None  # saving goes by the registered layout, not by what loading used
+        elif checkpoint_files is not None and load_config.hf_quantizer is None:
+            missing = sorted(name for name in result[0].missing_keys if not _may_be_missing(model, name))
+            if missing:  # transformers would go on with random weights
+                raise CheckpointError(
+                    f"{os.path.dirname(checkpoint_files[0])} lacks {', '.join(missing[:3])}, which its configuration "
+                    "calls for; fetch the file again, or correct the configuration"
+                )
         return result
 
     # Saving
@@ -526,7 +532,6 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        shift_labels: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> DeepseekCausalLMOutput:
@@ -543,6 +548,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             ValueError: with `labels` and MTP modules when the cache already holds tokens: the modules have not seen
                 them.
         """
+        # Not in the signature, from which `Trainer` reads the names of the labels that a batch to evaluate must have.
+        shift_labels: torch.Tensor | None = kwargs.pop("shift_labels", None)
         outputs: DeepseekModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -561,9 +568,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
-            aux_loss=outputs.aux_loss,
         )
         if labels is None and shift_labels is None:
+            result.aux_loss = outputs.aux_loss
             return result
 
         inputs = {
@@ -599,8 +606,10 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         if aux_loss is not None:
             share = 1.0 if num_items_in_batch is None else n_targets / items
             loss = loss + self.config.aux_loss_alpha * share * aux_loss.to(loss.device)
-            result.aux_loss = aux_loss.detach()
-        result.loss, result.lm_loss = loss, lm_loss.detach()
+            aux_loss = aux_loss.detach()
+        # Who unpacks the output finds what transformers' dense models have, loss and logits, in front.
+        result = DeepseekCausalLMOutput(loss=loss, **result, lm_loss=lm_loss.detach())
+        result.aux_loss = aux_loss
         return result
 
     def next_targets(

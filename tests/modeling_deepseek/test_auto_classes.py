@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -233,25 +233,33 @@ def test_configuration_of_transformers_given_to_our_class_directly():
 
 @pytest.fixture(scope="module")
 def with_tokenizer(checkpoints):
-    """The V3 checkpoint with a tokenizer of 256 words, `w0` to `w255`, saved as DeepSeek's are (Llama's class)."""
-    backend = Tokenizer(models.WordLevel({f"w{index}": index for index in range(256)}, unk_token="w2"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    """The V3 checkpoint with a tokenizer of the 256 bytes, declared as DeepSeek's are (Llama's class, bytes)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     folder = checkpoints["deepseek_v3"]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="w0", eos_token="w1", pad_token="w1")
-    tokenizer.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=alphabet[0], eos_token=alphabet[1]).save_pretrained(
+        folder
+    )
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**config, "tokenizer_class": "LlamaTokenizerFast"}))
     return folder
 
 
 def test_tokenizer_of_a_checkpoint(with_tokenizer):
-    """`AutoTokenizer` looks at the configuration's class, which is ours."""
+    """`AutoTokenizer` looks at the configuration, which is ours. Byte symbols are sorted: "a" is 97 - 33."""
     tokenizer = AutoTokenizer.from_pretrained(with_tokenizer)
-    assert tokenizer("w5 w7").input_ids == [5, 7]
+    assert tokenizer("abc").input_ids == [64, 65, 66]
+    assert tokenizer.decode([64, 65, 66]) == "abc"
 
 
 def test_pipeline(with_tokenizer):
     generator = pipeline("text-generation", model=str(with_tokenizer))
     assert type(generator.model) is modeling_deepseek.DeepseekV3ForCausalLM
-    [answer] = generator("w5 w7 w9", max_new_tokens=4, do_sample=False, return_full_text=False)
+    [answer] = generator("abc", max_new_tokens=4, do_sample=False, return_full_text=False)
     model = AutoModelForCausalLM.from_pretrained(with_tokenizer)
-    generated = model.generate(torch.tensor([[5, 7, 9]]), max_new_tokens=4, do_sample=False)
-    assert answer["generated_text"].split() == [f"w{token}" for token in generated[0, 3:].tolist()]
+    generated = model.generate(torch.tensor([[64, 65, 66]]), max_new_tokens=4, do_sample=False)
+    assert answer["generated_text"] == generator.tokenizer.decode(generated[0, 3:])
+    assert len(answer["generated_text"]) == 4

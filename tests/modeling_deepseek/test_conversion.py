@@ -390,11 +390,10 @@ def test_save_in_fp8(family, tmp_path):
         assert (loaded[name] - tensor).abs().max() <= largest / 16, name
 
 
-def test_fp8_with_what_it_cannot_be_combined_with(fp8_checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="FP8 checkpoint cannot be loaded together with disk offloading"):
-        AutoModelForCausalLM.from_pretrained(
-            fp8_checkpoint[0], device_map={"model": "disk", "lm_head": "cpu"}, offload_folder=tmp_path
-        )
+def test_fp8_in_other_files_is_refused(fp8_checkpoint, tmp_path):
+    """Nothing there would read the scales."""
+    with pytest.raises(ValueError, match="FP8 checkpoint can be loaded from safetensors files only"):
+        AutoModelForCausalLM.from_pretrained(**as_pickle(fp8_checkpoint[0], tmp_path))
 
 
 # Broken checkpoints
@@ -702,7 +701,10 @@ def test_from_one_head_to_another(head, checkpoint, tmp_path):
 @pytest.mark.parametrize("fp8", [False, True])
 def test_tied_embeddings(fp8, tmp_path):
     model = tiny_model(tie_word_embeddings=True)
-    model.save_pretrained(tmp_path, fp8=fp8)
+    state = model.state_dict()
+    if not fp8:
+        del state["lm_head.weight"]  # there or not, it is the embedding
+    model.save_pretrained(tmp_path, state_dict=state, fp8=fp8)
     saved = tensors_of(tmp_path)
     assert "lm_head.weight" not in saved
     assert torch.equal(saved[f"{MTP}.shared_head.head.weight"], saved["model.embed_tokens.weight"])
@@ -751,12 +753,25 @@ def test_other_ways_in(way, checkpoint, tmp_path):
     assert_equal_states(type(expected).from_pretrained(**way(checkpoint, tmp_path)), expected)
 
 
-def test_layers_offloaded_to_disk(checkpoint, tmp_path):
+def test_missing_tensor_in_other_files(checkpoint, tmp_path):
+    """transformers would go on with random weights."""
+    tensors = tensors_of(checkpoint)
+    del tensors[O_PROJ]
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    with pytest.raises(CheckpointError, match="lacks " + re.escape(O_PROJ)):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "fp8_checkpoint"])
+def test_layers_offloaded_to_disk(source, request, tmp_path):
+    folder = request.getfixturevalue(source)
+    folder = folder[0] if source == "fp8_checkpoint" else folder
     device_map = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     device_map |= {f"model.layers.{index}": "disk" if index == 1 else "cpu" for index in range(4)}
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map=device_map, offload_folder=tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path)
     assert model.model.layers[1].mlp.experts.gate_up_proj.is_meta
-    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(checkpoint)))
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(folder)))
 
 
 def test_saving_where_it_was_loaded_from(checkpoint, tmp_path):
