@@ -126,6 +126,8 @@ class DeepseekConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
+        if kwargs.get("model_type") in {"deepseek_v2", "deepseek_v3"} - {self.model_type}:
+            raise ValueError(f"`model_type` {kwargs['model_type']!r} is not {self.model_type}; use AutoConfig")
         for derived in ("qk_head_dim", "head_dim", "model_type"):  # kimi_k2 reads as the class it is read by
             kwargs.pop(derived, None)
         if isinstance(kwargs.get("rope_scaling"), dict):
@@ -295,7 +297,7 @@ class DeepseekConfig(PreTrainedConfig):
     @classmethod
     def converted(cls, config: PreTrainedConfig) -> "DeepseekConfig":
         """`config` itself, or this class's reading of transformers' own configuration of the same model type."""
-        if isinstance(config, DeepseekConfig):
+        if isinstance(config, cls):
             return config
         if config.model_type != cls.model_type:
             raise ValueError(f"cannot build a {cls.model_type} model from a {type(config).__name__}")

@@ -83,11 +83,14 @@ def test_auto_class_gives_ours(model_type, auto_class, checkpoints):
 
 
 ORDERS = {
-    "package first": "import modeling_deepseek\nimport transformers",
-    "package between": "import transformers\nimport modeling_deepseek",
+    "package first": "import modeling_deepseek",
     "package last": "import transformers\ntransformers.AutoConfig, transformers.AutoModelForCausalLM\n"
     "import modeling_deepseek",
-    "only one Auto module before": "import transformers\ntransformers.AutoConfig\nimport modeling_deepseek",
+    # Taken back before there was anything to change, and only one of the two Auto modules is there when it is wanted.
+    "package between": "import modeling_deepseek\nmodeling_deepseek.unregister_auto_classes()\n"
+    "from transformers import AutoConfig\n"
+    "assert type(AutoConfig.from_pretrained(sys.argv[1])).__module__.startswith('transformers.')\n"
+    "modeling_deepseek.register_auto_classes()",
 }
 
 
@@ -115,21 +118,6 @@ except ValueError as error:
         "transformers.models.deepseek_{0}.modeling_deepseek_{0}"
     )
     assert lines == [ours, ours, ours, theirs.format("v2"), theirs.format("v3"), "True"]
-
-
-def test_unregistered_before_the_auto_classes_exist(checkpoints):
-    code = """
-import sys
-import modeling_deepseek
-modeling_deepseek.unregister_auto_classes()
-from transformers import AutoConfig
-print(type(AutoConfig.from_pretrained(sys.argv[1])).__module__)
-modeling_deepseek.register_auto_classes()
-print(type(AutoConfig.from_pretrained(sys.argv[1])).__module__)
-"""
-    lines = run_python(code, checkpoints["deepseek_v3"])
-    theirs = "transformers.models.deepseek_v3.configuration_deepseek_v3"
-    assert lines == [theirs, "modeling_deepseek.configuration_deepseek"]
 
 
 def test_importing_costs_little_and_does_not_import_torch():

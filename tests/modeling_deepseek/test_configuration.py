@@ -291,6 +291,15 @@ def test_configuration_of_transformers_is_converted(family, tmp_path):
 def test_configuration_of_another_model_is_not_converted():
     with pytest.raises(ValueError, match="deepseek_v3 model from a LlamaConfig"):
         DeepseekV3Config.converted(transformers.LlamaConfig())
+    with pytest.raises(ValueError, match="deepseek_v3 model from a DeepseekV2Config"):
+        DeepseekV3Config.converted(tiny_config("v2"))
+
+
+def test_file_of_the_other_family_is_refused(tmp_path):
+    """Their routers differ where fields are equal; transformers warns and goes on."""
+    folder = write_config(tmp_path, tiny_config("v2").to_diff_dict())
+    with pytest.raises(ValueError, match="`model_type` 'deepseek_v2' is not deepseek_v3"):
+        DeepseekV3ForCausalLM.from_pretrained(folder)
 
 
 # Refusals
