@@ -81,6 +81,10 @@ BATCHES = {
     "packed, all-ones mask": Batch(
         PACKED, {"position_ids": PACKED_POSITIONS, "attention_mask": torch.ones(2, LENGTH, dtype=torch.int64)}
     ),
+    "packed, the same in every row": Batch(
+        [(0, 0, 4), (0, 4, 12), (1, 0, 4), (1, 4, 12)],
+        {"position_ids": positions([4, 8]), "attention_mask": torch.ones(2, LENGTH, dtype=torch.int64)},
+    ),
     "packed, padded one by one": Batch(
         BLOCKS, {"position_ids": positions([6, 6], [6, 6]), "attention_mask": BLOCKS_MASK}
     ),
@@ -215,6 +219,21 @@ def test_bfloat16(path, implementation):
     # A rounding to bfloat16 is off by at most 2^-9, and about ten of them lie between input and output; as
     # independent errors they add up to sqrt(10) * 2^-9 < 2^-7.
     assert error < 2**-7
+
+
+@torch.no_grad()
+def test_dropout_drops_the_same_weights_on_both_paths():
+    layer = one_layer(attn_implementation="eager", attention_dropout=0.5)
+    hidden, angles = hidden_and_angles(layer.config)
+    mask = torch.ones(LENGTH, LENGTH).tril().bool()[None, None]
+    kept, _ = layer(hidden, angles, mask)
+    layer.train()
+    dropped = {}
+    for layer.config.mla_path in PATHS:
+        torch.manual_seed(0)
+        dropped[layer.config.mla_path], _ = layer(hidden, angles, mask)
+    assert distance(dropped["absorbed"], dropped["expanded"]) < 1e-5
+    assert distance(dropped["expanded"], kept) > 0.1
 
 
 @torch.no_grad()
@@ -532,12 +551,13 @@ def test_flash_attention(flash_calls, path):
         assert flash_calls == ([kernel] * 3 if path == "expanded" else []), name
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @torch.no_grad()
-def test_generation_under_flash_attention(flash_calls):
+def test_generation_under_flash_attention(flash_calls, cache):
     model, reference = tiny_model(), tiny_model()
     model.config._attn_implementation = "flash_attention_2"
     options = {"attention_mask": LEFT_MASK, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    generated = model.generate(tokens(2, LENGTH), **options)
+    generated = model.generate(tokens(2, LENGTH), cache_implementation=cache, **options)
     assert torch.equal(generated, reference.generate(tokens(2, LENGTH), **options))
     assert flash_calls == ["varlen"] * 3  # the prompt; every step after it is absorbed
 
