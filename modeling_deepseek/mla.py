@@ -13,6 +13,7 @@ the R values of the rotated shared key as "value", and nothing else.
 """
 
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
@@ -167,7 +168,9 @@ class DeepseekMLA(nn.Module):
     def kv_b_weight(self) -> torch.Tensor:
         """[W_UK; W_UV] per head, (H, N + V, C). Read from the layer, or, where the layer is more than a weight
         (adapters, quantised or offloaded layers), as its answer to the unit vectors."""
-        if type(self.kv_b_proj) is nn.Linear and not hasattr(self.kv_b_proj, "_hf_hook"):
+        weight = getattr(self.kv_b_proj, "weight", None)
+        elsewhere = hasattr(self.kv_b_proj, "_hf_hook") or hasattr(weight, "ds_id")  # accelerate, DeepSpeed ZeRO-3
+        if type(self.kv_b_proj) is nn.Linear and not elsewhere:
             weight = self.kv_b_proj.weight
         else:
             reference = self.kv_a_layernorm.weight
@@ -216,7 +219,13 @@ class DeepseekMLA(nn.Module):
         q_rope_BHQR = apply_rope(q_rope_BHQR, cos, sin, self.config.rope_interleave)
         k_rope = apply_rope(k_rope, cos, sin, self.config.rope_interleave)
         if past_key_values is not None:
+            past = past_key_values.get_seq_length(self.layer_idx)
             c_kv, k_rope = past_key_values.update(c_kv, k_rope, self.layer_idx)
+            # The first tokens of a static cache: its empty places, masked anyway, would be expanded with the rest.
+            if isinstance(past, int) and past == 0 and isinstance(attention_mask, (torch.Tensor, NoneType)):
+                c_kv, k_rope = c_kv[:, :, :q_len], k_rope[:, :, :q_len]
+                if attention_mask is not None and attention_mask.ndim == 4:
+                    attention_mask = attention_mask[..., :q_len]
 
         path = choose_mla_path(self.config, q_len, c_kv.shape[2])
         attend = self._absorbed if path == "absorbed" else self._expanded
@@ -265,7 +274,9 @@ class DeepseekMLA(nn.Module):
         for start in range(0, heads, block):
             some = slice(start, start + block)
             kv = F.linear(c_kv.squeeze(1), kv_b_HEC[some].flatten(0, 1))
-            parts.append(self._attend(query[:, some], *self._join_kv(kv, k_rope), mask, **kwargs))
+            per_head = isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[1] > 1
+            some_mask = mask[:, some] if per_head else mask
+            parts.append(self._attend(query[:, some], *self._join_kv(kv, k_rope), some_mask, **kwargs))
         weights = [weights for _, weights in parts if weights is not None]
         return torch.cat([output for output, _ in parts], dim=2), torch.cat(weights, dim=1) if weights else None
 

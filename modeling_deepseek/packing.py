@@ -110,10 +110,11 @@ def sequence_context(
 
     apart_BS = documents_apart(documents_BS, position_ids, valid_BS)
     kv_length = mask_cache.get_mask_sizes(length, 0)[0] if mask_cache is not None else length
+    attended = length if isinstance(past, int) and past == 0 else kv_length  # as the layers see it
     attention_kwargs: dict[str, Any] = {}
     mask_config = config
     if is_flash(config._attn_implementation):
-        if choose_mla_path(config, length, kv_length) == "absorbed":
+        if choose_mla_path(config, length, attended) == "absorbed":
             mask_config = copy.copy(config)  # flash kernels take no head size above 256: a dense mask for our own
             mask_config._attn_implementation = "sdpa"
         elif apart_BS is not None and is_tracing(apart_BS):
