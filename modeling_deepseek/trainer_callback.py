@@ -22,7 +22,7 @@ class DeepseekTrainerCallback(TrainerCallback):
     """Pass it as `callbacks=[DeepseekTrainerCallback()]`, or `DeepseekTrainerCallback.attach(trainer)`.
 
     Logged with the trainer's own values: `max_vio` (mean over layers) and `max_vio/layer_i`, each a mean over the
-    steps since the last log. `trainer.state.log_history` also gets `tokens_per_expert`, a list for each layer, summed
+    steps since the last log of training. `trainer.state.log_history` also gets `tokens_per_expert`, a list for each layer, summed
     over these steps; layers that routed nothing (MTP modules out of the loss) are left out. The bias itself is part of
     the model's state, saved and resumed with it.
 
@@ -60,7 +60,7 @@ class DeepseekTrainerCallback(TrainerCallback):
                 self._load[layer] = (steps + 1, violation + max_violation(counts_E), tokens_E + counts_E)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not self._load or logs is None:
+        if not self._load or logs is None or any(name.startswith("eval_") for name in logs):
             return
         per_layer = {layer: violation / steps for layer, (steps, violation, _) in self._load.items()}
         values = {f"max_vio/layer_{layer}": value for layer, value in per_layer.items()}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -49,6 +50,29 @@ def test_training_moves_every_parameter_and_every_expert(family):
     assert not [name for name, bias in biases(model).items() if torch.equal(bias, bias_before[name])]
 
 
+LIBRARY = {"v2": transformers.DeepseekV2ForCausalLM, "v3": transformers.DeepseekV3ForCausalLM}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_the_library_s(tmp_path, family):
+    """On a padded batch, without what the library has not: MTP modules and a balance loss."""
+    model = tiny_model(family, num_nextn_predict_layers=0, aux_loss_alpha=0.0, initializer_range=0.1).train()
+    model.save_pretrained(tmp_path)
+    library = LIBRARY[family].from_pretrained(tmp_path, attn_implementation="sdpa").train()
+    assert type(library).__module__.startswith("transformers.")
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    mask[0, 8:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    losses = [either(**inputs).loss for either in (model, library)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-5)
+    for loss in losses:
+        loss.backward()
+    for name, parameter in library.named_parameters():
+        difference = (model.get_parameter(name).grad - parameter.grad).abs().max()
+        assert difference < 1e-5 * parameter.grad.abs().max(), name
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_autocast_step_is_finite(family):
     model = tiny_model(family, num_nextn_predict_layers=2).train()
@@ -81,7 +105,7 @@ def trainer_for(model, folder: Path, steps: int = 4, callbacks=(), **arguments) 
         disable_tqdm=True,
         **arguments,
     )
-    return Trainer(model, training_arguments, train_dataset=ROWS, callbacks=list(callbacks))
+    return Trainer(model, training_arguments, train_dataset=ROWS, eval_dataset=ROWS, callbacks=list(callbacks))
 
 
 def test_trainer_moves_the_bias_and_logs_the_load(tmp_path):
@@ -108,10 +132,13 @@ def test_trainer_moves_the_bias_and_logs_the_load(tmp_path):
 
 
 def test_load_is_logged_over_the_steps_since_the_last_log(tmp_path):
+    """Of training: a log of an evaluation in between does not take it."""
     each = trainer_for(tiny_model(), tmp_path, callbacks=[DeepseekTrainerCallback()])
     each.train()
-    paired = trainer_for(tiny_model(), tmp_path, callbacks=[DeepseekTrainerCallback()], logging_steps=2)
+    arguments = {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    paired = trainer_for(tiny_model(), tmp_path, callbacks=[DeepseekTrainerCallback()], **arguments)
     paired.train()
+    assert not [log for log in paired.state.log_history if "eval_loss" in log and "max_vio" in log]
     steps = [log for log in each.state.log_history if "loss" in log]
     pairs = [log for log in paired.state.log_history if "loss" in log]
     assert len(pairs) == 2
