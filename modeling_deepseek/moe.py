@@ -128,7 +128,9 @@ class DeepseekGate(nn.Module):
         """Moves the bias by gamma against the load of the step, and returns that load (E,), summed over processes.
 
         An overloaded expert's bias falls by `config.bias_update_speed`, an underloaded one's rises, one with exactly
-        the mean load stays (V3 2.1.2). The counts start anew. A frozen or missing bias stays; the load is returned.
+        the mean load stays (V3 2.1.2). The counts start anew. A frozen or missing bias stays; the load is returned. A
+        router whose weight is frozen keeps its bias too: adapters are saved without the model below them, and would
+        otherwise be loaded onto another bias than they were trained with.
         """
         counts_E = self.tokens_per_expert
         if counts_E is None:
@@ -137,7 +139,7 @@ class DeepseekGate(nn.Module):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
             dist.all_reduce(counts_E, group=group)
         bias = self.e_score_correction_bias
-        if bias is not None and not self.config.freeze_correction_bias:
+        if bias is not None and self.weight.requires_grad and not self.config.freeze_correction_bias:
             excess_E = counts_E.double() - counts_E.double().mean()
             bias -= self.config.bias_update_speed * excess_E.sign().to(bias)
         return counts_E

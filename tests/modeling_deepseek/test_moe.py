@@ -363,9 +363,10 @@ def test_bias_update_adds_micro_batches():
     assert gate.e_score_correction_bias.tolist() == [0.0] * 4
 
 
-@pytest.mark.parametrize("setting", [{"freeze_correction_bias": True}, {"bias_update_speed": 0}])
+@pytest.mark.parametrize("setting", [{"freeze_correction_bias": True}, {"bias_update_speed": 0}, "frozen router"])
 def test_bias_update_can_be_off(setting):
-    gate = gate_of_four(**setting)
+    gate = gate_of_four() if setting == "frozen router" else gate_of_four(**setting)
+    gate.weight.requires_grad_(setting != "frozen router")
     gate.e_score_correction_bias.fill_(0.5)
     gate.record_load(torch.tensor([[0, 1], [0, 1]]), None)
     assert gate.update_correction_bias().tolist() == [2, 2, 0, 0]
