@@ -135,6 +135,9 @@ class DeepseekConfig(PreTrainedConfig):
         if isinstance(self.rope_parameters, dict):
             self.rope_parameters = copy.deepcopy(self.rope_parameters)
         for rope in (kwargs.get("rope_scaling"), self.rope_parameters):
+            if isinstance(rope, dict):
+                for name in [name for name, value in rope.items() if value is None]:
+                    del rope[name]  # null in a file is as good as not there
             if isinstance(rope, dict) and "yarn" in (rope.get("type"), rope.get("rope_type")):
                 rope.setdefault("original_max_position_embeddings", 4096)  # as in the official code, where unsaid
         if self.num_key_value_heads is None:
@@ -150,6 +153,13 @@ class DeepseekConfig(PreTrainedConfig):
             near = difflib.get_close_matches(name, fields | WITHOUT_EFFECT, n=1, cutoff=0.9)
             if near:
                 raise ValueError(f"unknown configuration field `{name}`: did you mean `{near[0]}`?")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # At once, not at the next check: `model.config.mla_path = ...` is how a path is forced.
+        choices = self._CHOICES.get(name)
+        if choices is not None and value not in choices:
+            raise ValueError(f"`{name}` must be one of {choices}, got {value!r}")
+        super().__setattr__(name, value)
 
     _CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "scoring_func": ("sigmoid", "softmax"),
@@ -190,9 +200,6 @@ class DeepseekConfig(PreTrainedConfig):
         # Read by code that sizes caches or RoPE without knowing MLA; derived, so never taken from a file.
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.head_dim = self.qk_rope_head_dim
-        for name, choices in self._CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}")
         for name in self._POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")

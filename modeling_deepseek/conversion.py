@@ -1,6 +1,6 @@
 """The Hub's layout, in and out: one tensor for each expert, FP8 blocks, MTP modules behind the last layer.
 
-In: `plan_loading` matches a checkpoint's tensors with a model's parameters before any is read, and says which is
+In: `LoadingPlan` matches a checkpoint's tensors with a model's parameters before any is read, and says which is
 missing, surplus or misshapen. What it returns is read one parameter at a time by transformers' loader, straight into
 the dtype and shape of the model: experts into their stacked tensor, FP8 blocks through float32. Out: `hub_tensors`.
 
@@ -187,7 +187,6 @@ class LoadingPlan:
         stored: Mapping[str, StoredTensor],
         block_size: tuple[int, int] = BLOCK_SIZE,
         optional: Callable[[str], bool] = lambda name: False,
-        dtype_of: Callable[[str, torch.Tensor], torch.dtype] = lambda name, parameter: parameter.dtype,
         any_shape: bool = False,
     ):
         self.config = config
@@ -204,7 +203,7 @@ class LoadingPlan:
         self.parameters: dict[str, LazyParameter] = {}
         for name, parameter in parameters.items():
             missing = len(self.missing)
-            lazy = self._match(without_prefix(name), parameter.shape, dtype_of(name, parameter))
+            lazy = self._match(without_prefix(name), parameter.shape, parameter.dtype)
             if lazy is not None:
                 self.parameters[name] = lazy
             elif optional(name):
@@ -248,7 +247,7 @@ class LoadingPlan:
         halves = ("gate_proj", "up_proj") if experts[2] == "gate_up_proj" else ("down_proj",)
         rows = shape[1] // len(halves)
         parts = [
-            [self._single(f"{experts[1]}.{expert}.{half}.weight", torch.Size((rows, shape[2])), dtype)
+            [self._single(f"{experts[1]}.{expert}.{half}.weight", torch.Size((rows, shape[2])), dtype, stacked=True)
              for half in halves]
             for expert in range(shape[0])
         ]  # fmt: skip
@@ -263,13 +262,13 @@ class LoadingPlan:
 
         return None if any(part is None for pair in parts for part in pair) else LazyParameter(read)
 
-    def _single(self, name: str, shape: torch.Size, dtype: torch.dtype) -> LazyParameter | None:
+    def _single(self, name: str, shape: torch.Size, dtype: torch.dtype, stacked: bool = False) -> LazyParameter | None:
         tensor = self.stored.get(name)
         if tensor is None:
             self.missing.append(name)
             return None
         self.used.add(name)
-        if tensor.shape != tuple(shape) and not self.any_shape:
+        if tensor.shape != tuple(shape) and (stacked or not self.any_shape):
             raise CheckpointError(
                 f"{tensor} has shape {tensor.shape}, but the configuration calls for {tuple(shape)}; correct whichever "
                 "is wrong"
@@ -307,7 +306,7 @@ class LoadingPlan:
             if shared is not None and not torch.equal(copy.read(), shared.read()):
                 raise CheckpointError(
                     f"{copy} differs from {shared.name}, which the model shares with its MTP modules; such a "
-                    "checkpoint cannot be loaded without changing its numbers"
+                    "checkpoint can be loaded without the modules only: `num_nextn_predict_layers=0`"
                 )
 
 

@@ -168,9 +168,8 @@ class DeepseekMLA(nn.Module):
     def kv_b_weight(self) -> torch.Tensor:
         """[W_UK; W_UV] per head, (H, N + V, C). Read from the layer, or, where the layer is more than a weight
         (adapters, quantised or offloaded layers), as its answer to the unit vectors."""
-        weight = getattr(self.kv_b_proj, "weight", None)
-        elsewhere = hasattr(self.kv_b_proj, "_hf_hook") or hasattr(weight, "ds_id")  # accelerate, DeepSpeed ZeRO-3
-        if type(self.kv_b_proj) is nn.Linear and not elsewhere:
+        plain = type(self.kv_b_proj) is nn.Linear
+        if plain and not self.kv_b_proj.weight.is_meta and not hasattr(self.kv_b_proj.weight, "ds_id"):  # DeepSpeed's
             weight = self.kv_b_proj.weight
         else:
             reference = self.kv_a_layernorm.weight

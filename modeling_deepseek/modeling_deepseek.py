@@ -27,6 +27,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.generation import GenerationMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
@@ -53,6 +54,7 @@ from .rope import rope_angles, rope_frequencies, rope_magnitudes
 
 logger = logging.get_logger(__name__)
 
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Arguments of the stack's forward that a layer does not take.
 _STACK_ARGUMENTS = {
     "input_ids",
@@ -221,21 +223,24 @@ class DeepseekPreTrainedModel(PreTrainedModel):
           on any device, exactly: fp8 times scale in float32, rounded once.
         - `num_nextn_predict_layers=0` leaves the MTP modules out; more than the checkpoint has adds fresh ones. A
           checkpoint that promises modules and has no tensor of them (as transformers saves it) loads without, with a
-          warning, and its configuration then says so.
+          warning, and its configuration then says so. With a `config` object, set the field there instead.
 
         Raises:
             CheckpointError (a ValueError): for missing, surplus or misshapen tensors, wrong FP8 grids and truncated
                 files, naming the tensor. Only a new classification head may be missing.
         """
-        quantization_config = kwargs.get("quantization_config")
+        quantization_config = kwargs.pop("quantization_config", None)
         if isinstance(config, PreTrainedConfig):
             config = cls.config_class.converted(config)
         elif pretrained_model_name_or_path is not None:
+            # The configuration takes these from kwargs and does not give them back; the weights need them too.
+            where = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
             config, kwargs = cls.config_class.from_pretrained(
                 config if config is not None else pretrained_model_name_or_path,
                 return_unused_kwargs=True,
                 **kwargs,
             )
+            kwargs = {**where, **kwargs}
         config = copy.deepcopy(config)
         stored_as = getattr(config, "quantization_config", None)
         if quantization_config is None and isinstance(stored_as, dict) and stored_as.get("quant_method") == "fp8":
@@ -244,6 +249,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             config._fp8_block_size = tuple(block_size)
             if config.dtype is None:
                 config.dtype = torch.bfloat16
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
     @staticmethod
@@ -258,6 +265,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             and all(file.endswith(".safetensors") for file in checkpoint_files)
             and load_config.hf_quantizer is None
             and load_config.device_mesh is None
+            and not is_deepspeed_zero3_enabled()
         )
         if plain:
             stored = open_checkpoint(checkpoint_files)
@@ -282,11 +290,12 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         result = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         if plain:
             model._weight_conversions = None  # saving goes by the registered layout, not by what loading used
-        elif checkpoint_files is not None and load_config.hf_quantizer is None:
+        elif checkpoint_files is not None or state_dict is not None:
             missing = sorted(name for name in result[0].missing_keys if not _may_be_missing(model, name))
             if missing:  # transformers would go on with random weights
+                where = os.path.dirname(checkpoint_files[0]) if checkpoint_files else "the state dict"
                 raise CheckpointError(
-                    f"{os.path.dirname(checkpoint_files[0])} lacks {', '.join(missing[:3])}, which its configuration "
+                    f"{where} lacks {', '.join(missing[:3])}, which its configuration "
                     "calls for; fetch the file again, or correct the configuration"
                 )
         return result
@@ -324,7 +333,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         had_quantization = getattr(self.config, "quantization_config", None)
         had_auto_map = getattr(self.config, "auto_map", None)
         if not as_it_is:
-            state_dict = dict(hub_tensors(self.config, state_dict or self.state_dict(), fp8))
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            state_dict = dict(hub_tensors(self.config, state_dict, fp8))
             kwargs["save_original_format"] = False
         try:
             if fp8:
@@ -334,6 +344,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                     "quant_method": "fp8",
                     "weight_block_size": list(BLOCK_SIZE),
                 }
+            elif not as_it_is and had_quantization is not None:
+                del self.config.quantization_config  # of a file that the configuration was read from: these are floats
             if save_code:
                 self.config.auto_map = self._auto_map()
             elif had_auto_map and _names_missing_code(had_auto_map, save_directory):
@@ -499,7 +511,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             sequence_T, n_sequences = torch.arange(tokens, device=device) // length, tokens // length
         else:
             rows, length = context.documents_BS.shape
-            unique_BS = context.documents_BS + torch.arange(rows, device=device)[:, None] * length
+            unique_BS = context.documents_BS.to(device) + torch.arange(rows, device=device)[:, None] * length
             ids, sequence_T = unique_BS.flatten().unique(return_inverse=True)
             n_sequences = len(ids)
         valid_T = None if valid_BS is None else valid_BS.flatten().to(device)
@@ -602,7 +614,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             loss = loss + self.config.mtp_loss_weight * torch.stack(mtp_losses).mean().to(loss.device)
             result.mtp_losses = tuple(mtp_loss.detach() for mtp_loss in mtp_losses)
             if aux_loss is not None and mtp_balance:
-                aux_loss = aux_loss + torch.stack(mtp_balance).sum().to(aux_loss.device)
+                aux_loss = aux_loss + torch.stack([value.to(aux_loss.device) for value in mtp_balance]).sum()
         if aux_loss is not None:
             share = 1.0 if num_items_in_batch is None else n_targets / items
             loss = loss + self.config.aux_loss_alpha * share * aux_loss.to(loss.device)
@@ -615,11 +627,17 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
     def next_targets(
         self, labels_BS: torch.Tensor | None, shift_labels_BS: torch.Tensor | None, inputs: dict[str, Any]
     ) -> torch.Tensor:
-        """The next token of each position (B, S), -100 at the end of a document; `shift_labels_BS` as it is."""
+        """The next token of each position (B, S), -100 at the end of a document and where padding would predict it;
+        `shift_labels_BS` as it is."""
         if shift_labels_BS is not None:
             return shift_labels_BS
         assert labels_BS is not None
-        return targets_ahead(labels_BS, documents(inputs.get("position_ids"), *labels_BS.shape), 1)
+        targets_BS = targets_ahead(labels_BS, documents(inputs.get("position_ids"), *labels_BS.shape), 1)
+        attention_mask = inputs.get("attention_mask")
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            padding_BS = attention_mask[:, -labels_BS.shape[1] :] == 0
+            targets_BS = targets_BS.masked_fill(padding_BS.to(targets_BS.device), -100)
+        return targets_BS
 
     def mtp_token_losses(
         self, outputs: DeepseekModelOutput, targets_BS: torch.Tensor, inputs: dict[str, Any]
@@ -663,8 +681,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             valid_BS = same_document(context.documents_BS, targets_BS, depth)
             if context.valid_BS is not None:  # neither padding, nor a last token that sees padding ahead
                 valid_BS = valid_BS & context.valid_BS & shift_left(context.valid_BS, depth, fill=False)
-            ahead_BS = targets_ahead(targets_BS, context.documents_BS, depth).masked_fill(~valid_BS, -100)
             logits = self.lm_head(normed_BSD).float()
+            ahead_BS = targets_ahead(targets_BS, context.documents_BS, depth).masked_fill(~valid_BS, -100)
+            ahead_BS = ahead_BS.to(logits.device)
             token_losses = F.cross_entropy(logits.flatten(0, 1), ahead_BS.flatten(), reduction="none")
             losses.append((token_losses.view_as(ahead_BS), ahead_BS != -100))
             if logits_TE is not None:
@@ -683,7 +702,8 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
 
 
 class _ClassificationHead(DeepseekPreTrainedModel):
-    """What both heads share. They have no use for MTP modules and drop them, from the configuration too."""
+    """What both heads share. They have no use for MTP modules and drop them, from the configuration too; their loss is
+    the task's alone, without a balance loss."""
 
     stack_class: ClassVar[type[DeepseekModel]]
 

@@ -76,8 +76,6 @@ class DeepseekGate(nn.Module):
         super().__init__()
         self.config = config
         assert config.n_routed_experts is not None
-        assert config.num_experts_per_tok is not None
-        self.top_k = config.num_experts_per_tok
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         nn.init.normal_(self.weight, std=config.initializer_range)
         bias_E = torch.zeros(config.n_routed_experts) if config.topk_method == "noaux_tc" else None
@@ -97,6 +95,7 @@ class DeepseekGate(nn.Module):
     def forward(self, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Router logits (T, E), weights (T, K) and experts (T, K)."""
         config = self.config
+        assert config.num_experts_per_tok is not None
         if config.router_logits_dtype == "float32":
             with maybe_autocast(hidden_TD.device.type, enabled=False):  # or it would be bfloat16 after all
                 logits_TE = F.linear(hidden_TD.float(), self.weight.float())
@@ -104,11 +103,11 @@ class DeepseekGate(nn.Module):
             logits_TE = F.linear(hidden_TD, self.weight.to(hidden_TD.dtype))
         # V2's code scales the weights only where it does not normalise them, and never normalises a single one.
         is_v2 = config.model_type == "deepseek_v2"
-        normalise = config.norm_topk_prob and not (is_v2 and self.top_k == 1)
+        normalise = config.norm_topk_prob and not (is_v2 and config.num_experts_per_tok == 1)
         weights_TK, indices_TK = route(
             affinities(logits_TE, config.scoring_func),
             self.e_score_correction_bias,
-            top_k=self.top_k,
+            top_k=config.num_experts_per_tok,
             topk_method=config.topk_method,
             n_group=config.n_group or 1,
             topk_group=config.topk_group or 1,
@@ -119,7 +118,16 @@ class DeepseekGate(nn.Module):
 
     @torch.no_grad()
     def record_load(self, indices_TK: torch.Tensor, valid_T: torch.Tensor | None) -> None:
-        """Adds the tokens of a micro-batch to `tokens_per_expert` (E,), padding (`valid_T` False) left out."""
+        """Adds the tokens of a micro-batch to `tokens_per_expert` (E,), padding (`valid_T` False) left out.
+
+        Raises:
+            RuntimeError: under `torch.nn.DataParallel`, whose replicas forget what they count.
+        """
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "expert load cannot be counted under torch.nn.DataParallel, whose replicas are thrown away after each "
+                "step; start one process for each GPU (torchrun or accelerate launch)"
+            )
         counts_E = count_tokens(indices_TK, self.weight.shape[0], valid_T)
         self.tokens_per_expert = counts_E if self.tokens_per_expert is None else self.tokens_per_expert + counts_E
 

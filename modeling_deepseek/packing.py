@@ -99,6 +99,11 @@ def sequence_context(
 
     documents_BS = documents(position_ids, batch, length)
     if documents_BS is not None and mask_cache is not None and (is_tracing(documents_BS) or past > 0):
+        if not is_tracing(documents_BS) and attention_mask is None:
+            raise ValueError(
+                f"`position_ids` begin a new document in tokens that follow {int(past)} cached ones: packed documents "
+                "need an empty cache; pass them at once, or one by one"
+            )
         documents_BS = None
     if position_ids is None:
         position_ids = (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)

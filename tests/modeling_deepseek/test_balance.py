@@ -258,3 +258,10 @@ def test_bias_update_balances_at_no_cost_to_the_language_loss():
     assert violation_without > 1
     assert violation_with < violation_without / 4
     assert loss_with < loss_without + 0.01
+
+
+def test_replicas_of_data_parallel_are_refused():
+    """`torch.nn.DataParallel` counts on copies that it throws away; the bias would never move."""
+    gate = tiny_model().model.layers[1].mlp.gate._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="start one process for each GPU"):
+        gate.record_load(torch.zeros(4, 3, dtype=torch.int64), None)

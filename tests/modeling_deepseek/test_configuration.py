@@ -414,13 +414,30 @@ def test_unknown_field_far_from_any_other_is_kept(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value", "name"),
-    [("scoring_func", "tanh", "scoring_func"), ("num_experts_per_tok", 5, "num_experts_per_tok"), ("ep_size", 2, "ep")],
+    [("kv_lora_rank", 0, "kv_lora_rank"), ("num_experts_per_tok", 5, "num_experts_per_tok"), ("ep_size", 2, "ep")],
 )
 def test_field_changed_after_construction_is_checked_when_a_model_is_built(field, value, name):
     config = tiny_config()
     setattr(config, field, value)
     with pytest.raises(ValueError, match=name), torch.device("meta"):
         DeepseekV3ForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    "field", ["scoring_func", "topk_method", "router_logits_dtype", "mtp_hidden_state", "mla_path"]
+)
+def test_choice_is_checked_when_it_is_assigned(field):
+    """A path is forced by assignment; a misspelt one would run as another."""
+    config = tiny_config()
+    with pytest.raises(ValueError, match=rf"`{field}` must be one of .* got 'absorbd'"):
+        setattr(config, field, "absorbd")
+
+
+def test_null_in_rope_scaling_is_as_good_as_absent(tmp_path):
+    rope = {"type": "yarn", "factor": 4.0, "beta_fast": None, "original_max_position_embeddings": None}
+    config = tiny_config(rope_scaling=rope)
+    assert config.rope["original_max_position_embeddings"] == 4096
+    assert "beta_fast" not in config.rope
 
 
 def test_derived_sizes_follow_a_changed_field():

@@ -20,7 +20,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from modeling_deepseek import CheckpointError
+from modeling_deepseek import CheckpointError, DeepseekV3Config, DeepseekV3ForCausalLM
 from modeling_deepseek.conversion import dequantize_blocks, quantize_blocks, scale_grid
 from tests.tiny import FAMILIES, tiny_config, tiny_model, tokens
 
@@ -827,3 +827,28 @@ def test_loading_allocates_little_more_than_the_model(fp8, checkpoint, tmp_path)
     assert process.returncode == 0
     assert size > 200e6
     assert 0.8 * size < peak - before < 1.2 * size
+
+
+def test_where_to_load_from_reaches_the_weights(tmp_path):
+    """The configuration takes `subfolder` and its like from the arguments; the weights need them as well."""
+    model = tiny_model("v3")
+    model.save_pretrained(tmp_path / "inner")
+    again = DeepseekV3ForCausalLM.from_pretrained(tmp_path, subfolder="inner")
+    torch.testing.assert_close(again(tokens()).logits, model(tokens()).logits, atol=0, rtol=0)
+
+
+def test_state_dict_without_a_tensor_is_refused():
+    model = tiny_model("v3")
+    state = model.state_dict()
+    del state["model.layers.0.self_attn.o_proj.weight"]
+    with pytest.raises(ValueError, match=r"state dict lacks model\.layers\.0\.self_attn\.o_proj\.weight"):
+        DeepseekV3ForCausalLM.from_pretrained(None, config=model.config, state_dict=state)
+
+
+def test_floats_are_not_saved_under_the_name_of_fp8(tmp_path):
+    """A small model built from a released configuration keeps its `quantization_config`, but has no FP8 weight."""
+    tiny_model("v3").save_pretrained(tmp_path / "fp8", fp8=True)
+    config = DeepseekV3Config.from_pretrained(tmp_path / "fp8")
+    assert config.quantization_config["quant_method"] == "fp8"
+    DeepseekV3ForCausalLM._from_config(config).save_pretrained(tmp_path / "floats")
+    assert "quantization_config" not in json.loads((tmp_path / "floats" / "config.json").read_text())
