@@ -22,16 +22,16 @@ class DeepseekTrainerCallback(TrainerCallback):
     """Pass it as `callbacks=[DeepseekTrainerCallback()]`, or `DeepseekTrainerCallback.attach(trainer)`.
 
     Logged with the trainer's own values: `max_vio` (mean over layers) and `max_vio/layer_i`, each a mean over the
-    steps since the last log of training. `trainer.state.log_history` also gets `tokens_per_expert`, a list for each layer, summed
-    over these steps; layers that routed nothing (MTP modules out of the loss) are left out. The bias itself is part of
-    the model's state, saved and resumed with it.
+    steps since the last log of training. `trainer.state.log_history` also gets `tokens_per_expert`, a list for each
+    layer, summed over these steps; layers that routed nothing (MTP modules out of the loss) are left out. The bias
+    itself is part of the model's state, saved and resumed with it.
 
     Reporters (W&B, TensorBoard) that stand before a callback in the trainer's list do not see what it adds to a log;
     `attach` puts this one first.
 
     Raises:
-        ValueError: when training begins on a model that is not one of this package's, or with MTP modules under a TRL
-            loss that cannot carry theirs.
+        ValueError: when training begins on a model that is not one of this package's, or with MTP modules under a
+            TRL loss that cannot carry theirs.
     """
 
     def __init__(self) -> None:
