@@ -450,7 +450,8 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
         Args:
             attention_mask: (B, past + S) with 0 for padding, or a ready 4-D mask.
-            position_ids: (B, S); where it falls back, a new packed document begins, which sees nothing before it.
+            position_ids: (B, S); where it is not its predecessor's plus one, a new packed document begins, which sees
+                nothing before it.
             output_router_logits: return the routers' logits, (T, E) for each MoE layer, and `aux_loss`. The latter
                 is also there in training when `config.aux_loss_alpha` is not 0.
         """

@@ -2,7 +2,7 @@
 
 Legend: B batch, S tokens at hand, D hidden size.
 
-A row may hold several documents one behind the other. They are told apart by their positions, which fall back where
+A row may hold several documents one behind the other. They are told apart by their positions, which do not run on where
 a document begins. transformers' masks do so only where there is neither an attention mask nor a cache; here documents
 stay apart with both.
 """
