@@ -171,11 +171,9 @@ def in_layout(documents: list[torch.Tensor], layout: str) -> dict[str, torch.Ten
     pads = [longest - len(document) for document in documents]
     pads = [(pad, 0) if layout == "left" else (0, pad) for pad in pads]
     pairs = list(zip(documents, pads, strict=True))
-    # As in transformers, the labels alone say what the main model learns: left padding would predict the first token.
-    labels = [torch.cat([torch.tensor([IGNORE]), document[1:]]) for document in documents]
     return {
         "input_ids": torch.stack([F.pad(document, pad) for document, pad in pairs]),
-        "labels": torch.stack([F.pad(label, pad, value=IGNORE) for label, pad in zip(labels, pads, strict=True)]),
+        "labels": torch.stack([F.pad(document, pad, value=IGNORE) for document, pad in pairs]),
         "attention_mask": torch.stack([F.pad(torch.ones_like(document), pad) for document, pad in pairs]),
     }
 
