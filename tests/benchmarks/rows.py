@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM as Theirs
 from transformers.utils import logging
 
 from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM
+from tests.modeling_deepseek.test_balance import train_on_skewed_text
+from tests.modeling_deepseek.test_golden import GOLDEN, POSITIONS
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -103,6 +106,28 @@ def decode_step(model: torch.nn.Module, cache: DynamicCache):
         return model(token, past_key_values=cache, use_cache=True).logits
 
     return step
+
+
+def official_logits(alternate) -> Iterator[Row]:
+    for name in ("v3", "v2_lite"):
+        for path in ("expanded", "absorbed"):
+            model = AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32, mla_path=path)
+            expected = load_file(GOLDEN / name / "expected.safetensors")
+            with torch.no_grad():
+                at_once = model(expected["input_ids"]).logits[:, POSITIONS]
+            difference = (at_once - expected["logits"]).abs().max().item()
+            yield Row(f"logits against the official code, {name}, {path}", f"{difference:.1e}", "", "", "<= 2e-5")
+
+
+def balance(alternate) -> Iterator[Row]:
+    (without, loss_without), (with_update, loss_with) = train_on_skewed_text(0.0), train_on_skewed_text(0.005)
+    yield Row(
+        f"MaxVio with the bias update (without: {without:.2f})",
+        f"{with_update:.2f}",
+        "",
+        f"{with_update / without:.2f}x",
+        f"< 0.25x, loss no worse: {loss_with:.3f} against {loss_without:.3f}",
+    )
 
 
 def decode(alternate) -> Iterator[Row]:
@@ -276,6 +301,7 @@ def import_time(alternate) -> Iterator[Row]:
 
 
 ROWS = {
+    "official logits": official_logits,
     "decode": decode,
     "prefill": prefill,
     "train": train,
@@ -283,4 +309,5 @@ ROWS = {
     "decode allocations": decode_allocations,
     "load memory": load_memory,
     "import time": import_time,
+    "balance": balance,
 }
