@@ -143,7 +143,7 @@ def _what_the_index_says_of(file: str) -> str:
     with open(index, encoding="utf-8") as stream:
         shards = json.load(stream)["weight_map"]
     names = [name for name, shard in shards.items() if shard == os.path.basename(file)]
-    return f", which holds {_some(names)}" if names else ""
+    return f", which holds {some_of(names)}" if names else ""
 
 
 def _read_header(file: str) -> dict[str, Any]:
@@ -214,7 +214,7 @@ class LoadingPlan:
         files = {tensor.file for tensor in self.stored.values()}
         where = os.path.dirname(next(iter(files))) if files else "the checkpoint"
         if self.missing:
-            missing = _some([self._spelt(name) for name in self.missing])
+            missing = some_of([self._spelt(name) for name in self.missing])
             raise CheckpointError(
                 f"{where} lacks {missing}, which its configuration calls for; fetch the file again, or correct the "
                 "configuration"
@@ -222,7 +222,7 @@ class LoadingPlan:
         surplus = [tensor.name for name, tensor in self.stored.items() if name not in self.used and self._is_odd(name)]
         if surplus:
             raise CheckpointError(
-                f"{where} holds {_some(surplus)}, for which the configured model has no place; correct the "
+                f"{where} holds {some_of(surplus)}, for which the configured model has no place; correct the "
                 "configuration, or remove them from the file"
             )
 
@@ -310,7 +310,8 @@ class LoadingPlan:
                 )
 
 
-def _some(names: list[str]) -> str:
+def some_of(names: list[str]) -> str:
+    """The first three names, and how many more there are, for an error."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -42,6 +42,7 @@ from .conversion import (
     LoadingPlan,
     hub_tensors,
     open_checkpoint,
+    some_of,
     stored_mtp_modules,
 )
 from .decoder_layer import DeepseekDecoderLayer
@@ -147,6 +148,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": DeepseekDecoderLayer, "attentions": DeepseekMLA}
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    # Copies of the shared embedding and head in each MTP module, where transformers' own loading meets them.
+    _keys_to_ignore_on_load_unexpected = [r"layers\.\d+\.(embed_tokens|shared_head\.head)\.weight$"]
     # Prefixes of the parameters of MTP modules that were asked for beyond those of the checkpoint.
     fresh_modules: tuple[str, ...] = ()
 
@@ -295,8 +298,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             if missing:  # transformers would go on with random weights
                 where = os.path.dirname(checkpoint_files[0]) if checkpoint_files else "the state dict"
                 raise CheckpointError(
-                    f"{where} lacks {', '.join(missing[:3])}, which its configuration "
-                    "calls for; fetch the file again, or correct the configuration"
+                    f"{where} lacks {some_of(missing)}, which its configuration calls for; fetch the file again, or "
+                    "correct the configuration"
                 )
         return result
 
@@ -417,7 +420,7 @@ def _settle_mtp_modules(model: "DeepseekPreTrainedModel", stored: dict[str, Any]
 
 class DeepseekModel(DeepseekPreTrainedModel):
     """The decoder stack. `layers` holds `num_hidden_layers` layers and behind them the MTP modules, as the files do;
-    `forward` runs the former, `run_mtp_layer` one of the latter."""
+    `forward` runs the former, `DeepseekForCausalLM.mtp_token_losses` the latter."""
 
     def __init__(self, config: DeepseekConfig):
         super().__init__(config)

@@ -98,13 +98,6 @@ def sequence_context(
     mask_cache = past_key_values if static or (isinstance(past, int) and past > 0) else None
 
     documents_BS = documents(position_ids, batch, length)
-    if documents_BS is not None and mask_cache is not None and (is_tracing(documents_BS) or past > 0):
-        if not is_tracing(documents_BS) and attention_mask is None:
-            raise ValueError(
-                f"`position_ids` begin a new document in tokens that follow {int(past)} cached ones: packed documents "
-                "need an empty cache; pass them at once, or one by one"
-            )
-        documents_BS = None
     if position_ids is None:
         position_ids = (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
     valid_BS = None
@@ -114,6 +107,14 @@ def sequence_context(
         valid_BS = attention_mask[:, -length:].to(device=inputs_embeds.device, dtype=torch.bool)
 
     apart_BS = documents_apart(documents_BS, position_ids, valid_BS)
+    if documents_BS is not None and mask_cache is not None and (is_tracing(documents_BS) or past > 0):
+        ready = attention_mask is not None and valid_BS is None  # a 4-D mask says itself what sees what
+        if apart_BS is not None and not ready and not is_tracing(documents_BS):
+            raise ValueError(
+                f"`position_ids` begin a new document in tokens that follow {int(past)} cached ones: packed documents "
+                "need an empty cache; pass them at once, or one by one"
+            )
+        documents_BS = apart_BS = None
     kv_length = mask_cache.get_mask_sizes(length, 0)[0] if mask_cache is not None else length
     attended = length if isinstance(past, int) and past == 0 else kv_length  # as the layers see it
     attention_kwargs: dict[str, Any] = {}
