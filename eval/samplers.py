@@ -39,9 +39,7 @@ class Request:
         if not self.choices and self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}: a completion needs a budget of at least one token")
         if self.temperature < 0:
-            raise ValueError(
-                f"temperature={self.temperature} is negative; 0 is greedy, 1 is the model's own distribution"
-            )
+            raise ValueError(f"temperature={self.temperature} is negative; 0 is greedy")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} is not in (0, 1]; 1 keeps every token")
         if "" in self.stop:
