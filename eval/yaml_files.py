@@ -32,7 +32,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]  # PyYAML has no types here
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise ValueError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice; keep one of them")
             seen.add(key)
