@@ -128,8 +128,8 @@ DEEPSEEK_R1 = Protocol(
     },
 )
 
-# V3 pp. 30-31, table 6: simple-evals prompts, 8,192 output tokens, AIME at temperature 0.7 over 16 runs, MATH-500 greedy,
-# sets under 1,000 items several times at several temperatures.
+# V3 pp. 30-31, table 6: simple-evals prompts, 8,192 output tokens, AIME at temperature 0.7 over 16 runs, MATH-500
+# greedy, sets under 1,000 items several times at several temperatures.
 DEEPSEEK_V3_CHAT = Protocol(
     name="deepseek-v3-chat",
     source="DeepSeek-V3, arXiv 2412.19437 v1 pp. 30-31, table 6",
