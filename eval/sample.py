@@ -62,7 +62,7 @@ class Completion(Record):
     `reasoning_content`), None where there is none. `finish_reason` "length" means that the budget was used up, "failed"
     that no text was obtained, and `error` then says why. Tokens as the sampler or the endpoint counted them.
     `logprobs` belongs to the perplexity protocol: the summed natural log-probability of each choice, and
-    `choice_tokens` the number of tokens of each.
+    `choice_tokens` the number of tokens of each; `choice_greedy` says whether greedy decoding would have written it.
     """
 
     text: str = ""
@@ -73,6 +73,7 @@ class Completion(Record):
     error: str | None = None
     logprobs: tuple[float, ...] = ()
     choice_tokens: tuple[int, ...] = ()
+    choice_greedy: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
