@@ -1,0 +1,34 @@
+"""Accuracy of mathematical answers, with its interval, by the project's own grader."""
+
+import datasets
+import evaluate
+from eval.answers import grade_math_many
+from eval.metrics import score_interval
+
+DESCRIPTION = """The share of responses whose final answer equals the gold answer. The last complete box wins; a thought
+that was never closed is truncated and not graded; equality is mathematical (0.5 is \\frac12)."""
+
+INPUTS = """predictions: responses, the thought included. references: gold answers.
+Returns accuracy in [0, 1], its 95 % interval (low, high), and the verdict and extracted answer of each."""
+
+
+class MathAnswer(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation="",
+            inputs_description=INPUTS,
+            features=datasets.Features({"predictions": text, "references": text}),
+        )
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict:
+        graded = grade_math_many(list(zip(predictions, references, strict=True)))
+        score = score_interval([one.credit for one in graded])
+        return {
+            "accuracy": score.value,
+            "low": score.interval[0],
+            "high": score.interval[1],
+            "verdicts": [one.verdict for one in graded],
+            "answers": [one.answer for one in graded],
+        }
