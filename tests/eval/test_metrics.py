@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from itertools import combinations, permutations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from eval.metrics import (
     verdict_rates,
 )
 from eval.sample import VERDICTS
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -363,5 +366,5 @@ def test_token_lengths_against_numpy() -> None:
 
 def test_importing_the_metrics_is_cheap() -> None:
     code = "import sys; from eval.metrics import pass_at_k; print({'numpy', 'scipy', 'torch'} & set(sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == "set()"
