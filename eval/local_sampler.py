@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_deepseek  # noqa: F401  # the Auto classes give our models from here on
@@ -527,17 +528,17 @@ class _Scoring:
                 scores[key] = Score(first.logprob + logprob, first.tokens, first.greedy and greedy)
         return [[scores[key] for key in keys] for keys in wanted]
 
-    def score_rest(self, keys: list[_Key], filled: Any, lengths: list[int]) -> Iterator[tuple[float, bool]]:
+    def score_rest(self, keys: list[_Key], filled: Any, lengths: list[int]) -> list[tuple[float, bool]]:
         """Log-probability of all tokens but the first of each continuation, and whether each is the likeliest."""
         self.cache.admit([(filled, index, length) for (index, _), length in zip(keys, lengths, strict=True)])
         logits = self.cache.forward([tokens[:-1] for _, tokens in keys]).float()
         self.cache.shrink(0)
-        total, best = logits.logsumexp(-1), logits.argmax(-1)
-        for row, (_, tokens) in enumerate(keys):
-            targets = torch.tensor(tokens[1:], device=logits.device)
-            count = len(targets)
-            logprobs = logits[row, :count].gather(-1, targets[:, None]).squeeze(-1) - total[row, :count]
-            yield logprobs.sum().item(), bool((best[row, :count] == targets).all())
+        targets = pad_sequence([torch.tensor(tokens[1:]) for _, tokens in keys], batch_first=True, padding_value=-1)
+        targets = targets.to(logits.device)
+        padding, wanted = targets < 0, targets.clamp(min=0)
+        logprobs = logits.log_softmax(-1).gather(-1, wanted[:, :, None]).squeeze(-1).masked_fill(padding, 0)
+        greedy = ((logits.argmax(-1) == wanted) | padding).all(-1)
+        return list(zip(logprobs.sum(-1).tolist(), greedy.tolist(), strict=True))
 
 
 def _next_group(waiting: deque[_Row], room: int, prefill_tokens: int, ragged: bool) -> list[_Row]:
