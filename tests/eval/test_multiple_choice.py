@@ -308,9 +308,26 @@ def test_mmlu_pro_equals_the_official_functions(text):
 
 
 PIECES = st.sampled_from(
-    ["answer is ", "Answer: ", "answer:", "A", "B", "J", "I", "(C)", "\n", "\n\n", " ", ".", " or ", ", ", "not ", "**"]
-    + ["\\boxed{", "}", "$", "option ", "Option D", "is correct", "the ", "a ", "so ", "答案", "选", "：", "Ｂ"]
-    + ["is the best ", '"answer": ', "x", "é", "_", "9", "-", ")", "(", "[", "]", "don't know", "I think "]
+    [
+        *("answer is ", "Answer: ", "answer:", "A", "B", "J", "I", "(C)", "\n", "\n\n", " ", ".", " or ", ", ", "not "),
+        *(
+            "\\boxed{",
+            "}",
+            "$",
+            "**",
+            "option ",
+            "Option D",
+            "is correct",
+            "the ",
+            "a ",
+            "so ",
+            "答案",
+            "选",
+            "：",
+            "Ｂ",
+        ),
+        *("is the best ", '"answer": ', "x", "é", "_", "9", "-", ")", "(", "[", "]", "don't know", "I think "),
+    ]
 )
 TEXTS = st.one_of(st.lists(PIECES, max_size=12).map("".join), st.text(max_size=60))
 
