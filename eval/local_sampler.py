@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import modeling_deepseek  # noqa: F401  # the Auto classes give our models from here on
 from eval.decoding import Prefill, choose, rows_for
 from eval.sample import Completion, FinishReason
-from eval.samplers import Message, Request
+from eval.samplers import Message, Request, render_chat
 from eval.thinking import CLOSE, OPEN
 
 MAX_LOGITS = 2**27  # values of the logits of one forward pass that scores long continuations: 512 MiB in float32
@@ -164,21 +164,7 @@ class TransformersSampler:
 
         Raises ValueError where the tokenizer has no chat template.
         """
-        if not self.tokenizer.chat_template:
-            raise ValueError(
-                f"{self.name} has no chat template, and the protocol asks in turns of a chat; set "
-                "tokenizer.chat_template, or take a protocol for base models (deepseek-v3-base)"
-            )
-        text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=True,
-            **self.chat_template_kwargs,
-        )
-        assert isinstance(text, str)
-        if open_thought and not text.endswith(OPEN + "\n"):
-            text += "\n" if text.endswith(OPEN) else OPEN + "\n"
-        return text
+        return render_chat(self.tokenizer, messages, open_thought, self.chat_template_kwargs)
 
     def check(self, requests: Iterable[Request]) -> None:
         """ValueError for the first request that the context cannot hold."""

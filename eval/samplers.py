@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from eval.sample import Completion
+from eval.thinking import OPEN
 
 Message = Mapping[str, str]
 """One turn of a chat: `role` and `content`."""
@@ -68,7 +69,26 @@ class Sampler(Protocol):
         """ValueError for the first request whose prompt and budget exceed the context, before any token is made."""
         ...
 
-    def sample(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Completion]]:
+    def sample(self, requests: Iterable[Request | None]) -> Iterator[tuple[Request, Completion]]:
         """Every request with its completion, in the order of completion. `requests` is read as the work goes on, never
-        all at once, and a request that fails is a completion with `finish_reason` "failed"."""
+        all at once, and a request that fails is a completion with `finish_reason` "failed". Where the next request
+        depends on completions that are still to come, `requests` may give None: it is asked again after the next one.
+        """
         ...
+
+
+def render_chat(
+    tokenizer: Any, messages: Sequence[Message], open_thought: bool, chat_template_kwargs: Mapping[str, Any]
+) -> str:
+    """A chat as text, by the tokenizer's template; ValueError where it has none."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template, and the protocol asks in turns of a "
+            "chat; set tokenizer.chat_template, or take a protocol for base models (deepseek-v3-base)"
+        )
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **chat_template_kwargs
+    )
+    if open_thought and not text.endswith(OPEN + "\n"):
+        text += "\n" if text.endswith(OPEN) else OPEN + "\n"
+    return text
