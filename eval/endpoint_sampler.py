@@ -332,7 +332,8 @@ class EndpointSampler:
                 status, headers = response.status, response.headers
         except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as error:
             # Only the connection: `sock_connect` is the one socket timeout that is set.
-            raise _Unreachable(f"{_shown(url)} cannot be reached: {error}") from error
+            why = getattr(error, "os_error", error)  # without aiohttp's words on TLS
+            raise _Unreachable(f"{_shown(url)} cannot be reached: {why}") from error
         except TimeoutError as error:
             raise _Retry(f"{_shown(url)} gave no answer within timeout={self.timeout:g} s") from error
         except (aiohttp.ClientError, ConnectionError, asyncio.IncompleteReadError) as error:
