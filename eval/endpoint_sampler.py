@@ -9,6 +9,7 @@ end, in ConnectionError, after everything that was answered has been given out.
 """
 
 import asyncio
+import copy
 import email.utils
 import json
 import logging
@@ -129,8 +130,35 @@ class EndpointSampler:
         self._key = api_key or os.environ.get(api_key_env, "")
 
     def __repr__(self) -> str:
-        urls = [_shown(endpoint.url) for endpoint in self._endpoints]
-        return f"EndpointSampler({urls}, {self.model!r}, concurrency={self.concurrency})"
+        return f"EndpointSampler({list(self.base_urls)}, {self.model!r}, concurrency={self.concurrency})"
+
+    @property
+    def base_urls(self) -> tuple[str, ...]:
+        """The addresses, without passwords."""
+        return tuple(_shown(endpoint.url) for endpoint in self._endpoints)
+
+    def each(self) -> Iterator["EndpointSampler"]:
+        """A sampler of each endpoint alone, which asks as this one does."""
+        for endpoint in self._endpoints:
+            alone = copy.copy(self)
+            alone._endpoints = [_Endpoint(endpoint.url)]
+            yield alone
+
+    def raw(self, request: Request, extra_body: Mapping[str, Any]) -> dict[str, Any]:
+        """The endpoint's own JSON for one request; ValueError if it refuses. For probing."""
+
+        async def ask(session: aiohttp.ClientSession) -> dict[str, Any]:
+            for attempt in range(self.retries + 1):
+                try:
+                    return await self._generate(session, self._endpoints[0], request, extra_body)
+                except _Refused as error:
+                    raise ValueError(self._clean(str(error))) from None
+                except _Retry as error:
+                    problem = self._clean(str(error))
+                    await asyncio.sleep(min(LONGEST_DELAY, self.first_delay * 2**attempt))
+            raise ValueError(problem)
+
+        return self._call(ask)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -303,7 +331,15 @@ class EndpointSampler:
     async def _attempt(self, session: aiohttp.ClientSession, endpoint: _Endpoint, request: Request) -> Completion:
         if request.choices:
             return await self._score(session, endpoint, request)
-        chat = not isinstance(request.prompt, str)
+        return _completion(await self._generate(session, endpoint, request), not isinstance(request.prompt, str))
+
+    async def _generate(
+        self,
+        session: aiohttp.ClientSession,
+        endpoint: _Endpoint,
+        request: Request,
+        extra: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         body = self._body(request) | {
             "max_tokens": request.max_tokens,
             "temperature": request.temperature,
@@ -311,9 +347,10 @@ class EndpointSampler:
             "seed": request.seed % SEEDS,
             **({"stop": list(request.stop)} if request.stop else {}),
             **self.extra_body,
+            **(extra or {}),
         }
-        answer = await self._send(session, endpoint.url + ("/chat/completions" if chat else "/completions"), body)
-        return _completion(answer, chat)
+        path = "/completions" if isinstance(request.prompt, str) else "/chat/completions"
+        return await self._send(session, endpoint.url + path, body)
 
     def _body(self, request: Request) -> dict[str, Any]:
         if isinstance(request.prompt, str):
