@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -29,22 +29,26 @@ csv.field_size_limit(1 << 24)
 class Source:
     """Where rows come from and what they must be.
 
-    On the Hub: `hub` (dataset id), `config`, `split`, `revision`. Locally: `file`, a path inside a data folder, as in
+    On the Hub: `hub` (dataset id), `config` (several are read one after the other; each row then has its own as
+    `_config`), `split`, `revision`. Locally: `file`, a path inside a data folder, as in
     `gsm8k/test.jsonl`; of an archive or a folder, the `members` to read (a glob; each row then has the member's name
     as `_file`). `columns` names those of a CSV without header. `sha256` is the file's; "" where none is known. `rows`
-    is the number that must be there. `requires` are the columns without which a row cannot be used.
+    is the number that must be there. `requires` are the columns without which a row cannot be used. `expand` makes the
+    rows of what stands in a file, where the authors nested them. A source that `generate`s its rows has no other.
     """
 
     hub: str
     split: str
     file: str
     rows: int
-    config: str | None = None
+    config: str | tuple[str, ...] | None = None
     revision: str = "main"
     members: str = ""
     columns: tuple[str, ...] = ()
     sha256: str = ""
     requires: tuple[str, ...] = ()
+    expand: Callable[[Row], Iterable[Row]] | None = None
+    generate: Callable[[], Iterable[Row]] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Benchmark:
     grader: str
     exemplars: Source | None = None  # rows for the few-shot prompt
     fixed_exemplars: tuple[Sample, ...] = ()  # or the ones that a paper prints
+    chains: tuple[str, ...] = ("default",)  # the extractions that `grade` knows
     stop: tuple[str, ...] = ()  # ends a few-shot completion
     confidential: bool = False
     chance: float = 0.0  # the score of guessing
@@ -80,7 +85,8 @@ def load(benchmark: Benchmark, data: Path | Mapping[str, Path] | None = None, *,
     Hub. With `changed`, another hash or row count than the published one is accepted.
     Raises FileNotFoundError and ValueError, naming the file, the value found and the one expected.
     """
-    rows = read_rows(benchmark.source, _path_for(benchmark.name, data), changed=changed)
+    path = None if benchmark.source.generate else _path_for(benchmark.name, data)
+    rows = read_rows(benchmark.source, path, changed=changed)
     samples = [benchmark.to_sample(row, index) for index, row in enumerate(rows)]
     ids = {sample.id for sample in samples}
     if len(ids) != len(samples):
@@ -101,6 +107,15 @@ def exemplars(benchmark: Benchmark, sample: Sample, pool: Sequence[Sample], shot
     return tuple(candidates[:shots])
 
 
+def duplicates(samples: Sequence[Sample]) -> list[tuple[str, ...]]:
+    """The ids of each question that stands more than once with the same choices. Published sets have some, and they
+    stay in: without them a score would be on another set."""
+    places: dict[tuple[Any, ...], list[str]] = {}
+    for one in samples:
+        places.setdefault((one.question, one.choices, one.meta.get("passage")), []).append(one.id)
+    return [tuple(ids) for ids in places.values() if len(ids) > 1]
+
+
 def dataset_hash(samples: Sequence[Sample]) -> str:
     """sha256 of all that is asked and graded, independent of the order: equal hashes are equal questions."""
     lines = sorted(sample.to_json() for sample in samples)
@@ -117,7 +132,9 @@ def _path_for(name: str, data: Path | Mapping[str, Path] | None) -> Path | None:
 
 def read_rows(source: Source, data: Path | None, *, changed: bool = False) -> list[Row]:
     """The rows of a source, checked. `data` is the folder above `source.file`, or the file or folder itself."""
-    if data is None:
+    if source.generate:
+        rows, where = list(source.generate()), source.hub
+    elif data is None:
         rows, where = list(_hub_rows(source)), f"{source.hub} ({source.split}, revision {source.revision})"
     else:
         path = _local_path(source, Path(data))
@@ -166,8 +183,12 @@ def _check_hash(path: Path, expected: str) -> None:
 def _hub_rows(source: Source) -> Iterator[Row]:
     import datasets  # slow to import, and not needed for local files
 
+    several = isinstance(source.config, tuple)
     try:
-        rows = datasets.load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
+        parts = {
+            config: datasets.load_dataset(source.hub, config, split=source.split, revision=source.revision)
+            for config in (source.config if isinstance(source.config, tuple) else (source.config,))
+        }
     except (
         OSError,
         ValueError,
@@ -176,7 +197,8 @@ def _hub_rows(source: Source) -> Iterator[Row]:
             f"cannot read {source.hub} from the Hub ({type(error).__name__}: {error}); with no network, name a folder "
             f"that holds {source.file}"
         ) from error
-    yield from rows
+    for config, rows in parts.items():
+        yield from ({**row, "_config": config} for row in rows) if several else rows
 
 
 def _file_rows(path: Path, source: Source) -> Iterator[Row]:
@@ -224,7 +246,8 @@ def _parse(content: bytes, name: str, source: Source, member: str) -> Iterator[R
                     raise ValueError(f"{name}, line {number} is not JSON: {error}") from None
     elif suffix == ".json":
         values = json.loads(text)
-        yield from ({**row, **extra} for row in (values if isinstance(values, list) else [values]))
+        for row in values if isinstance(values, list) else [values]:
+            yield from ({**one, **extra} for one in (source.expand(row) if source.expand else [row]))
     elif suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""), fieldnames=source.columns or None)
         yield from ({**row, **extra} for row in reader)
