@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.answers import grade_final_many
+from eval.answers import grade_math_many
 from eval.multiple_choice import grade_choice
 from eval.sample import Graded
 from eval.thinking import Thought, split_thought
@@ -41,7 +41,7 @@ class MathReward:
         golds = _golds(answer, solution, len(completions))
         thoughts = [_split(one, self.thinking) for one in completions]
         judged = iter(
-            grade_final_many(
+            grade_math_many(
                 [(one.answer, gold) for one, gold in zip(thoughts, golds, strict=True) if one.state != "truncated"]
             )
         )

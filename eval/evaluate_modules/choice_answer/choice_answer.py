@@ -2,6 +2,7 @@
 
 import datasets
 import evaluate
+
 from eval.metrics import score_interval
 from eval.multiple_choice import grade_choice
 from eval.sample import Graded

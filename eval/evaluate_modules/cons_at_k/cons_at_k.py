@@ -3,10 +3,11 @@
 import datasets
 import evaluate
 from eval.answers import grade_math
+
 from eval.metrics import cons_at_k
 
-DESCRIPTION = """The share of items whose most frequent answer is right. Equal answers (0.5, 1/2) are one class, whatever
-their text; no answer is no vote; a tie shares its credit."""
+DESCRIPTION = """The share of items whose most frequent answer is right. Equal answers (0.5, 1/2) are one class,
+whatever their text; no answer is no vote; a tie shares its credit."""
 
 INPUTS = """predictions: n responses for each item. references: gold answers. Returns {"cons@n": ...} in [0, 1]; n must
 be the same for every item."""

@@ -3,6 +3,7 @@
 import datasets
 import evaluate
 from eval.answers import grade_math_many
+
 from eval.metrics import score_interval
 
 DESCRIPTION = """The share of responses whose final answer equals the gold answer. The last complete box wins; a thought

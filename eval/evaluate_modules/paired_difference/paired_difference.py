@@ -4,6 +4,7 @@ import dataclasses
 
 import datasets
 import evaluate
+
 from eval.metrics import paired_difference
 
 DESCRIPTION = """Mean score of one model minus that of another on the same items, item by item, with its 95 % interval,
