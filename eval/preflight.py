@@ -131,8 +131,10 @@ def _probe(sampler: EndpointSampler, greedy: Request) -> Iterable[Finding]:
         else f"a budget of 3 gave {count} tokens with finish_reason={short.finish_reason!r}",
     )
     text = first.text or first.reasoning or ""
-    stop = text[len(text) // 2 : len(text) // 2 + 4]
-    usable = first.text and stop.strip() and stop.isprintable() and len(at_zero) == 1
+    pieces = (text[at : at + 4] for at in range(len(text) // 2, len(text) - 4))
+    # The sign for broken bytes stands for bytes that no stop string can name.
+    stop = next((one for one in pieces if one.isprintable() and one.strip() and "\ufffd" not in one), "")
+    usable = bool(first.text and stop) and len(at_zero) == 1
     cut_text = ask(replace(greedy, stop=(stop,)))[0].text if usable else ""
     yield finding(
         "stop",
