@@ -19,6 +19,7 @@ from eval.benchmark import Benchmark, Row, Source
 from eval.sample import Graded, Sample
 
 DROP_GRADER = "drop/1"
+MAX_PREDICTION = 10_000  # characters that are compared; the longest gold answer has a few hundred
 
 
 def expand(passages: Row) -> Iterator[Row]:
@@ -160,7 +161,7 @@ def extract(answer: str, chain: str) -> str:
 
 
 def grade(sample: Sample, answer: str, chain: str) -> Graded:
-    prediction = extract(answer, chain).strip()
+    prediction = extract(answer, chain).strip()[:MAX_PREDICTION]
     if not prediction:
         return Graded("no_answer", None, f"chain {chain}: no answer", DROP_GRADER)
     best = max(_score(prediction, gold) for gold in sample.meta["golds"])
