@@ -173,9 +173,10 @@ def plan_run(
         if resolved.mode == "loglikelihood" and not all(sample.choices for sample in samples):
             raise ValueError(f"{benchmark.name}: mode=loglikelihood compares choices, and its items have none")
         pool = tuple(load_exemplars(benchmark, data, changed=changed_data)) if resolved.shots else ()
+        config = list(source.config) if isinstance(source.config, tuple) else source.config
         dataset = dict(
             hash=dataset_hash(samples), items=len(samples), of=of, changed=changed_data or given is not None,
-            hub=source.hub, config=source.config, split=source.split, revision=source.revision, file=source.file,
+            hub=source.hub, config=config, split=source.split, revision=source.revision, file=source.file,
         )  # fmt: skip
         planned.append(Task(benchmark, resolved, tuple(samples), pool, dataset))
     return Plan(protocol, tuple(planned), seed, tuple(sorted(set(pass_at))))
@@ -207,6 +208,10 @@ def _check_settings(benchmark: Benchmark, settings: Settings, pass_at: Sequence[
                 f"{benchmark.name}: pass@{k} needs k={k} samples of every item, and k is {settings.samples}; raise k, "
                 "or ask for a smaller one"
             )
+    if settings.mode != "loglikelihood" and settings.chain not in benchmark.chains:
+        raise ValueError(
+            f"{benchmark.name}: chain={settings.chain!r} is none of its own: {', '.join(benchmark.chains)}"
+        )
     if settings.samples > 1 and settings.temperature == 0 and settings.permutation == "published":
         raise ValueError(
             f"{benchmark.name}: k={settings.samples} samples at temperature 0 would be one sample {settings.samples} "

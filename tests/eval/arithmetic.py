@@ -60,6 +60,7 @@ SUMS = Benchmark(
 COLOURS = Benchmark(
     name="colours", title="Colours", source=_SOURCE, licence="none", citation="none", kind="choice",
     to_sample=lambda row, index: Sample(**row), grader="choice/1", chance=0.25, confidential=True,
+    chains=("default", "mmlu_pro"),
     grade=lambda sample, answer, chain: grade_choice(answer, sample.gold, len(sample.choices), chain),
     prompts={"plain": lambda sample, shots: "\n".join([sample.question, *sample.choices, "Answer:"])},
 )  # fmt: skip
@@ -150,3 +151,18 @@ def evaluate_with_log(out: str, log: str, order: int, pause: float) -> None:
     model = SeededModel(window=8, order=order, log=Path(log), pause=pause)
     items = {"sums": sums(16), "colours": colours(16)}
     evaluate(model, [SUMS, COLOURS], protocol(samples=4), out, items=items, pass_at=[2])
+
+
+def reply(prompt: str, noise: int) -> str:
+    """What an honest endpoint writes: right in about half of its samples."""
+    number = int(prompt.split()[0]) if prompt[0].isdigit() else 0
+    return f"<think>{'so ' * (noise % 9)}</think>{{{2 * number + noise % 2}}}"
+
+
+def evaluate_endpoint(out: str, url: str) -> None:
+    """As `evaluate_with_log`, against a server."""
+    from eval.endpoint_sampler import EndpointSampler
+    from eval.runner import evaluate
+
+    sampler = EndpointSampler(url, "stub", concurrency=4, timeout=2.0, first_delay=0.001)
+    evaluate(sampler, [SUMS], protocol(samples=8, open_thought=False), out, items={"sums": sums(16)}, pass_at=[4])

@@ -326,6 +326,7 @@ def test_seeds_are_their_own_for_every_sample() -> None:
         (dict(k=0), "samples"),
         (dict(overrides={"temprature": 0.5}), "temprature is unknown. Did you mean 'temperature'"),
         (dict(overrides={"template": "boxed"}), "template='boxed' is none of the task's"),
+        (dict(overrides={"chain": "mmlu_pro"}), "chain='mmlu_pro' is none of its own: default"),
         (dict(tasks=[]), "at least one task"),
         (dict(tasks="sums"), "list of at least one task"),
         (dict(tasks=[SUMS, SUMS]), "sums more than once"),
