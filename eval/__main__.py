@@ -7,6 +7,7 @@ asks for them again); 130 interrupted (the same command goes on). What is stored
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.command(arguments))
-    except (
-        ValueError,
-        OSError,
-        ImportError,
-    ) as error:  # BlockingIOError, ConnectionError, FileNotFoundError are OSErrors
+        status = int(arguments.command(arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of a pipe (`| head`) had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError) as error:  # OSError: ConnectionError, FileNotFoundError, BlockingIOError
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:

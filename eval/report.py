@@ -17,7 +17,7 @@ from string import Template
 from typing import Any
 
 from eval.metrics import Score
-from eval.protocols import PROTOCOLS, Settings
+from eval.protocols import PROTOCOLS, Protocol, Settings
 from eval.published import PublishedScore, published_scores
 from eval.results import Results, Row, TaskResult, describe, read_results, read_rows
 from eval.runner import STORE, Comparison, Regraded
@@ -80,7 +80,21 @@ def _not_comparable(results: Results, task: TaskResult, published: PublishedScor
     return ""
 
 
+def _changed_settings(results: Results, task: TaskResult) -> str:
+    """What an option of the run changed in the protocol's settings, "" if nothing."""
+    protocol = Protocol(**results.protocol)
+    if task.task not in TASKS:
+        return ""
+    unlike = Settings(**task.settings).unlike(protocol.settings(TASKS[task.task]))
+    return "; ".join(f"{name} {here!r} instead of {paper!r}" for name, (here, paper) in unlike.items())
+
+
 # Text.
+
+
+def points(score: Score) -> str:
+    """The score alone, in per cent, where its interval stands beside it."""
+    return f"{100 * score.value:.1f}"
 
 
 def percent(score: Score) -> str:
@@ -104,15 +118,15 @@ def score_rows(results: Results, model: str | None = None) -> list[list[str]]:
         lost = f"{100 * (task.rates['failed'] + task.rates['timeout']):.1f} %"
         tokens = f"{task.completion_tokens.mean:,.0f}" if task.completion_tokens else "-"
         rows.append(
-            [task.task, first, percent(task.score), interval(task.score), f"{task.items:,}", f"{task.k}", *rates, lost,
+            [task.task, first, points(task.score), interval(task.score), f"{task.items:,}", f"{task.k}", *rates, lost,
              tokens, _reported_cell(lines.get("f1" if first == "F1" else "pass@1"))]
         )  # fmt: skip
         for k, score in task.pass_at.items():
             if k != "1":
-                rows.append(["", f"pass@{k}", percent(score), interval(score), *[""] * 7])
+                rows.append(["", f"pass@{k}", points(score), interval(score), *[""] * 7])
         if task.cons_at_k:
             cell = _reported_cell(lines.get(f"cons@{task.k}"))
-            rows.append(["", f"cons@{task.k}", percent(task.cons_at_k), interval(task.cons_at_k), *[""] * 6, cell])
+            rows.append(["", f"cons@{task.k}", points(task.cons_at_k), interval(task.cons_at_k), *[""] * 6, cell])
     return rows
 
 
@@ -137,6 +151,8 @@ def notes(results: Results, model: str | None = None) -> list[str]:
                 f"{task.task}: failed: {one['id']}, sample {one['index']}: {one['detail']}" for one in task.failures[:5]
             ]
         lines += [f"{task.task}: {reason}" for reason in task.refused.values()]
+        if changed := _changed_settings(results, task):
+            lines.append(f"{task.task}: not the protocol's settings: {changed}")
         for one in reported(results, task, model):
             here = _score_for(one.published, task)
             what = f"{task.task}: {one.published.metric} reported {one.published.value} ({one.published.source})"
@@ -151,7 +167,10 @@ def notes(results: Results, model: str | None = None) -> list[str]:
                 f"{task.task}: {100 * task.rates['truncated']:.0f} % of samples were cut by the budget of "
                 f"{task.settings['max_tokens']:,} tokens and count as wrong"
             )
-        lines += [f"{task.task}: our choice: {one}" for one in task.ours]
+    chosen = dict.fromkeys(one for task in results.tasks for one in task.ours)
+    for one in chosen:
+        names = [task.task for task in results.tasks if one in task.ours]
+        lines.append(f"our choice, where the paper is silent ({', '.join(names)}): {one}")
     return lines
 
 
@@ -227,7 +246,7 @@ def verdict_rows(results: Results) -> list[list[str]]:
 def group_rows(task: TaskResult) -> list[list[str]]:
     rows = [["group", "score", "95 % interval", "items"]]
     for group, score in task.groups.items():
-        rows.append([group or "(none)", percent(score), interval(score), f"{score.items:,}"])
+        rows.append([group or "(none)", points(score), interval(score), f"{score.items:,}"])
     return rows
 
 
