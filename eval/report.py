@@ -29,8 +29,6 @@ from eval.thinking import split_thought
 REPORT_MD, REPORT_HTML = "report.md", "report.html"
 SHOWN = 300  # samples of a task on the page; all of them stand in graded.jsonl
 
-RATES = {"no_answer": "no answer", "truncated": "truncated", "timeout": "timeout", "failed": "failed"}
-
 
 @dataclass(frozen=True, slots=True)
 class Reported:
@@ -147,9 +145,12 @@ def notes(results: Results, model: str | None = None) -> list[str]:
                 f"{task.task}: {task.unanswered:,} of {task.samples:,} completions failed and count as wrong; the same "
                 "command asks for them again"
             )
-            lines += [
-                f"{task.task}: failed: {one['id']}, sample {one['index']}: {one['detail']}" for one in task.failures[:5]
-            ]
+        first = {one["detail"]: one for one in reversed(task.failures)}
+        lines += [
+            f"{task.task}: {task.verdicts['failed']:,} verdicts are 'failed', as of {one['id']}, sample {one['index']}: "
+            f"{detail}"
+            for detail, one in list(reversed(first.items()))[:3]
+        ]
         lines += [f"{task.task}: {reason}" for reason in task.refused.values()]
         if changed := _changed_settings(results, task):
             lines.append(f"{task.task}: not the protocol's settings: {changed}")
