@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-MAX_BITS = 20_000  # of a coefficient on the way
-MAX_TERMS = 200  # of a polynomial
+MAX_BITS = 4000  # of a coefficient on the way
+MAX_TERMS = 60  # of a polynomial
 
 # A monomial is a sorted tuple of (generator, exponent). The square root of a squarefree n is the
 # generator "√" with "exponent" n, at most one in a monomial; i has the exponent 1 only. So a polynomial is zero exactly
@@ -69,7 +69,7 @@ def _times(m: Monomial, n: Monomial) -> tuple[int, Monomial]:
 
 
 def multiply(p: Polynomial, q: Polynomial) -> Polynomial:
-    if len(p) * len(q) > 50 * MAX_TERMS:
+    if len(p) * len(q) > 10 * MAX_TERMS:
         raise Undecided("too many terms")
     total: Polynomial = {}
     for m, a in p.items():
@@ -145,7 +145,7 @@ def square_root(value: Quotient) -> Quotient:
     root = math.isqrt(radicand)
     if root * root == radicand:
         outside, radicand = outside * root, 1
-    elif radicand > 10**12:  # its squares would take long to find
+    elif radicand > 10**9:  # its squares would take long to find
         raise Undecided("root of a large number")
     factor = 2
     while factor**3 <= radicand:

@@ -286,8 +286,10 @@ def _common(sequences: Sequence[tuple[int, ...]]) -> int:
 
 
 @cache
-def _signature(forward: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)
+def _named(model_class: type) -> frozenset[str]:
+    # All classes it is made of: a subclass may pass on `**kwargs`.
+    forwards = [vars(one)["forward"] for one in model_class.__mro__ if "forward" in vars(one)]
+    return frozenset(name for forward in forwards for name in inspect.signature(forward).parameters)
 
 
 def _parameters(model: PreTrainedModel) -> frozenset[str]:
@@ -295,4 +297,4 @@ def _parameters(model: PreTrainedModel) -> frozenset[str]:
     base: Any = model
     if hasattr(base, "get_base_model"):
         base = base.get_base_model()
-    return _signature(type(base).forward)
+    return _named(type(base))  # type: ignore[arg-type]  # a class is hashable

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 
-from eval.algebra import ONE, Quotient, Undecided, generator, number, power, square_root
+from eval.algebra import MAX_TERMS, ONE, Quotient, Undecided, generator, number, power, square_root
 
 MAX_CHARS = 2000  # of an answer read here; longer ones go to a worker
 MAX_DIGITS = 1000  # of one number
@@ -379,7 +379,7 @@ class Expression:
     """Recursive descent over the tokens of one expression. Raises Undecided at whatever it does not know."""
 
     def __init__(self, tokens: list[Token]) -> None:
-        self.tokens, self.position, self.depth = tokens, 0, 0
+        self.tokens, self.position, self.depth, self.work = tokens, 0, 0, 0
 
     def peek(self) -> str:
         return self.tokens[self.position].text if self.position < len(self.tokens) else ""
@@ -414,6 +414,9 @@ class Expression:
     def product(self) -> Quotient:
         value = self.signed()
         while True:
+            self.work += len(value.top) + len(value.bottom) - 2
+            if self.work > 20 * MAX_TERMS:
+                raise Undecided("a long product")
             sign = self.peek()
             if sign in ("*", r"\cdot", r"\times"):
                 self.take()

@@ -495,36 +495,38 @@ class _Scoring:
         keys = list(dict.fromkeys(key for keys in wanted for key in keys))
         # The first token of each continuation is read from the prompt's last position ...
         rows, firsts = torch.tensor([(index, tokens[0]) for index, tokens in keys], device=logits.device).unbind(1)
-        scores = {
-            key: Score(logprob, len(key[1]), best[key[0]] == key[1][0])
-            for key, logprob in zip(keys, logprobs[rows, firsts].tolist(), strict=True)
-        }
+        first = dict(zip(keys, logprobs[rows, firsts].unsqueeze(-1).cpu(), strict=True))
         # ... and the others after the prompt's cache, the longest first.
-        longer = deque(sorted((key for key in keys if len(key[1]) > 1), key=lambda key: -len(key[1])))
+        ragged = self.cache.ragged
+        longer = deque(
+            sorted((key for key in keys if len(key[1]) > 1), key=lambda key: (0 if ragged else key[0], -len(key[1])))
+        )
+        rest: dict[_Key, tuple[torch.Tensor, bool]] = {}
         while longer:
             some = [longer.popleft()]
-            values = (len(some[0][1]) - 1) * logits.shape[-1]
-            while (
-                longer and (len(some) + 1) * values <= MAX_LOGITS and (self.cache.ragged or longer[0][0] == some[0][0])
-            ):
+            size = (len(some[0][1]) - 1) * logits.shape[-1]
+            while longer and (len(some) + 1) * size <= MAX_LOGITS and (ragged or longer[0][0] == some[0][0]):
                 some.append(longer.popleft())
-            lengths = [len(prompts[index]) for index, _ in some]
-            for key, (logprob, greedy) in zip(some, self.score_rest(some, filled, lengths), strict=True):
-                first = scores[key]
-                scores[key] = Score(first.logprob + logprob, first.tokens, first.greedy and greedy)
+            rest |= self.score_rest(some, filled, [len(prompts[index]) for index, _ in some])
+        scores = {}
+        for index, tokens in keys:
+            later, greedy = rest.get((index, tokens), (torch.empty(0), True))
+            total = torch.cat([first[index, tokens], later]).sum().item()  # in float32, as lm-eval sums
+            scores[index, tokens] = Score(total, len(tokens), greedy and best[index] == tokens[0])
         return [[scores[key] for key in keys] for keys in wanted]
 
-    def score_rest(self, keys: list[_Key], filled: Any, lengths: list[int]) -> list[tuple[float, bool]]:
-        """Log-probability of all tokens but the first of each continuation, and whether each is the likeliest."""
+    def score_rest(self, keys: list[_Key], filled: Any, lengths: list[int]) -> dict[_Key, tuple[torch.Tensor, bool]]:
+        """Log-probabilities of all tokens but the first of each continuation, and whether each is the likeliest."""
         self.cache.admit([(filled, index, length) for (index, _), length in zip(keys, lengths, strict=True)])
         logits = self.cache.forward([tokens[:-1] for _, tokens in keys]).float()
         self.cache.shrink(0)
-        targets = pad_sequence([torch.tensor(tokens[1:]) for _, tokens in keys], batch_first=True, padding_value=-1)
-        targets = targets.to(logits.device)
-        padding, wanted = targets < 0, targets.clamp(min=0)
-        logprobs = logits.log_softmax(-1).gather(-1, wanted[:, :, None]).squeeze(-1).masked_fill(padding, 0)
-        greedy = ((logits.argmax(-1) == wanted) | padding).all(-1)
-        return list(zip(logprobs.sum(-1).tolist(), greedy.tolist(), strict=True))
+        targets = pad_sequence([torch.tensor(tokens[1:]) for _, tokens in keys], batch_first=True).to(logits.device)
+        logprobs = logits.log_softmax(-1).gather(-1, targets[:, :, None]).squeeze(-1).cpu()
+        likeliest = (logits.argmax(-1) == targets).tolist()
+        return {
+            key: (logprobs[row, : len(key[1]) - 1], all(likeliest[row][: len(key[1]) - 1]))
+            for row, key in enumerate(keys)
+        }
 
 
 def _next_group(waiting: deque[_Row], room: int, prefill_tokens: int, ragged: bool) -> list[_Row]:

@@ -92,25 +92,34 @@ class Pool:
         if not self._slots.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise Timeout(f"no worker was free within {seconds:g} s")
         try:
-            worker = self._borrow(deadline)
-            finished = False
-            try:
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    raise TimeoutError
-                worker.channel.settimeout(remaining)
-                send(worker.channel, {**request, "seconds": seconds})
-                reply = receive(worker.channel)
-                finished = "error" not in reply
-                return reply
-            except TimeoutError:
-                raise Timeout(f"no verdict within {seconds:g} s") from None
-            except (EOFError, OSError):
-                raise Failure("the worker died") from None
-            finally:
-                self._give_back(worker, finished)
+            while True:
+                worker = self._borrow(deadline)
+                try:
+                    return self._ask(worker, {**request, "seconds": seconds}, deadline)
+                except TimeoutError:
+                    raise Timeout(f"no verdict within {seconds:g} s") from None
+                except (EOFError, OSError):
+                    # One that had died while it was idle is no fault of this request.
+                    if worker.calls <= 1:
+                        raise Failure("the worker died") from None
+                    self.start(deadline)
         finally:
             self._slots.release()
+
+    def _ask(self, worker: _Worker, request: dict[str, Any], deadline: float) -> dict[str, Any]:
+        reply: dict[str, Any] = {"error": ""}
+        try:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError
+            worker.channel.settimeout(remaining)
+            send(worker.channel, request)
+            # The time limit holds for all parts of the reply, which is short.
+            reply = receive(worker.channel)
+            return reply
+        finally:
+            worker.calls += 1
+            self._give_back(worker, finished="error" not in reply)
 
     def _borrow(self, deadline: float) -> _Worker:
         with self._lock:
@@ -123,6 +132,8 @@ class Pool:
                     socket.send_fds(self._control, [COMMAND.pack(b"F", 0)], [theirs.fileno()])
                 except OSError:
                     ours.close()
+                    self._control.close()
+                    self._control = None  # the next call starts it again
                     raise Failure("the process that starts workers died") from None
         ours.settimeout(max(0.01, deadline - time.monotonic()))
         try:
@@ -135,7 +146,6 @@ class Pool:
         return _Worker(ours, pid)
 
     def _give_back(self, worker: _Worker, finished: bool) -> None:
-        worker.calls += 1
         with self._lock:
             if finished and worker.calls < CALLS and len(self._idle) < KEPT:
                 self._idle.append(worker)

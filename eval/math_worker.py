@@ -11,6 +11,7 @@ back comes {equal} or {error}. This file is imported by the caller for the frami
 """
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -52,9 +53,7 @@ def _exactly(channel: socket.socket, size: int) -> bytes:
 
 def zygote(control: socket.socket) -> None:
     """Serves until the caller's end closes."""
-    from eval import math_oracle  # noqa: F401  # imported here so that every worker is born with it
-
-    import gc
+    import eval.math_oracle  # noqa: F401  # now, so that every worker is born with it
 
     gc.freeze()  # what the workers share is not copied by a collection
     children: set[int] = set()
@@ -62,6 +61,9 @@ def zygote(control: socket.socket) -> None:
     wakeup_write.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wakeup_write.fileno(), warn_on_full_buffer=False)
+    # What the caller read was for errors until here.
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     control.sendall(b"R")  # ready
     while True:
         ready, _, _ = select.select([control, wakeup_read], [], [])

@@ -86,6 +86,8 @@ def prompts(count: int, seed: int = 0) -> list[str]:
     shots = "".join(f"Question {n}: what is {n} plus {n}? The answer is {n + n}.\n" for n in range(5))
     out = []
     for number in range(count):
-        question = f"Question {number}: " + " ".join(str(generator.randrange(1000)) for _ in range(generator.randrange(1, 20)))
+        question = f"Question {number}: " + " ".join(
+            str(generator.randrange(1000)) for _ in range(generator.randrange(1, 20))
+        )
         out.append(shots + question if number % 2 else question)
     return out
