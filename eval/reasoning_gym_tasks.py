@@ -5,6 +5,8 @@ so a score is one number for one set of questions; training takes other seeds by
 Needs the extra `reasoning-gym`: `pip install 'deepseek-hf[reasoning-gym]'`.
 """
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from typing import Any
@@ -30,7 +32,12 @@ DATASETS: Mapping[str, Mapping[str, Any]] = {
 def problems(dataset: str, size: int, seed: int) -> Iterator[Row]:
     """Questions of one of `DATASETS` at its fixed parameters; the i-th of a seed is the same whatever the size."""
     for index, entry in enumerate(_dataset(dataset, size, seed)):
-        yield {"id": f"{seed}/{index}", "question": entry["question"], "answer": entry["answer"], "entry": dict(entry)}
+        yield {
+            "id": f"{seed}/{index}",
+            "question": entry["question"],
+            "answer": entry["answer"],
+            "entry": json.loads(json.dumps(entry)),
+        }
 
 
 def _dataset(dataset: str, size: int, seed: int) -> Any:
@@ -68,12 +75,16 @@ def grade(sample: Sample, answer: str, chain: str, dataset: str) -> Graded:
 
 
 def extract(answer: str) -> str:
-    """The content of the last <answer> or box, else the last line."""
+    """The content of the last <answer> or box, else the last line, without "The answer is" before it."""
     for opening, closing in (("<answer>", "</answer>"), ("\\boxed{", "}")):
         start = answer.rfind(opening)
         if start != -1 and (end := answer.find(closing, start)) != -1:
             return answer[start + len(opening) : end].strip()
-    return answer.strip().rsplit("\n", 1)[-1].strip()
+    line = answer.strip().rsplit("\n", 1)[-1].strip()
+    return _STATED.sub("", line).removesuffix(".") if _STATED.match(line) else line
+
+
+_STATED = re.compile(r"(?i)(?:so |thus,? |therefore,? )?(?:the )?(?:final )?answer(?: is)?:? +")
 
 
 @without_examples
