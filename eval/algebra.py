@@ -178,7 +178,10 @@ def power(base: Quotient, exponent: Quotient) -> Quotient:
         raise Undecided("a power of zero")
     times = abs(n.numerator)
     if value is not None:
-        if value not in (0, 1, -1) and times * max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+        if (
+            value not in (0, 1, -1)
+            and times * max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS
+        ):
             raise Undecided("a large power")
         if value in (1, -1, 0):
             times = times % 2 or 2

@@ -10,6 +10,9 @@ No tolerance is applied: 0.333 is not 1/3. Numbers, units and forms that do coun
 `tests/eval/test_answers.py`.
 """
 
+# The signs of Chinese text and of typesetting are meant.
+# ruff: noqa: RUF001
+
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +61,7 @@ def extract_math(text: str) -> str | None:
     found = _last_marked(text)
     if found is not _NOTHING:
         return found if isinstance(found, str) else None
-    if _OPEN_JSON.match(text):
+    if _OPEN_JSON.match(text.lstrip()[:200]):
         return None
     return _last_resort(text)
 
@@ -72,10 +75,17 @@ def _last_box(text: str) -> tuple[str | None, int]:
     """The content of the last complete box, and where it ends. Of nested boxes, the inner one."""
     end = len(text)
     for position in _last_positions(text, "box", most=len(text)):
-        match = next((m for back in (1, 2, 6) if position >= back and (m := _BOX.match(text, position - back))), None)
+        # \boxed, \fbox or \framebox
+        match = (
+            _BOX.match(text, max(0, position - 1))
+            or _BOX.match(text, max(0, position - 2))
+            or _BOX.match(text, max(0, position - 6))
+        )
         if match is None:
             continue
-        if match[1]:
+        if match[1] and text.find("}", match.end(), end) == -1:
+            pass
+        elif match[1]:
             depth = 1
             for brace in _BRACE.finditer(text, match.end(), max(end, match.end())):
                 depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -85,8 +95,9 @@ def _last_box(text: str) -> tuple[str | None, int]:
                         return _without_braces(content), brace.end()
                     break
         else:  # \boxed 5
-            stop = _BARE_BOX_END.search(text, match.end(), match.end() + 200)
-            bare_end = stop.start() if stop else min(end, match.end() + 200)
+            limit = max(match.end(), min(end, match.end() + 200))
+            stop = _BARE_BOX_END.search(text, match.end(), limit)
+            bare_end = stop.start() if stop else limit
             if content := text[match.end() : bare_end].strip():
                 return content, bare_end
         # A box left open leaves open what it stands in: an earlier one can only be complete before it. So nothing is
@@ -112,7 +123,7 @@ def _without_braces(text: str) -> str:
 
 
 _JSON_KEY = re.compile(r"""["'*](?:final[_ ])?answer["']\s*:\s*""", re.IGNORECASE)
-_JSON_STRING = re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL)
+_JSON_STRING = re.compile(r'"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL)
 _JSON_BARE = re.compile(r"[^,}\n]*")
 _JSON_LIST = re.compile(r"\[([^\[\]\n]*)\]")
 _OPEN_JSON = re.compile(r"""\s*(?:```(?:json)?\s*)?\{\s*["']\w+["']\s*:""")
@@ -134,6 +145,8 @@ def _last_json_answer(text: str) -> tuple[str | None, int]:
         return ", ".join(part.strip().strip("\"'") for part in match[1].split(",")), match.end()
     match = _JSON_BARE.match(text, start)
     assert match is not None
+    if match.end() == len(text) and match[0].startswith('"'):
+        return None, -1  # cut off: "12 may have been going to be "123"
     bare = match[0].strip().strip("\"'`*").strip()
     return (None, -1) if bare in ("", "null", "None") else (_unescape(bare), match.end())
 
@@ -141,15 +154,7 @@ def _last_json_answer(text: str) -> tuple[str | None, int]:
 def _unescape(value: str) -> str:
     r"""JSON's escapes undone, LaTeX kept: models write both "\\frac{1}{2}" and "\frac{1}{2}"."""
 
-    def one(match: re.Match[str]) -> str:
-        letter = match[1]
-        if letter in "\"/\\":
-            return letter
-        if letter in "nt" and match[2] is not None:
-            return " "
-        return match[0]
-
-    return re.sub(r'\\(["/\\]|[nt](?=([^a-zA-Z]|$)))', one, value)
+    return re.sub(r'\\(["/\\]|[nt](?![a-zA-Z]))', lambda match: " " if match[1] in "nt" else match[1], value)
 
 
 _MARKED = re.compile(
@@ -196,14 +201,18 @@ def _last_marked(text: str) -> object:
     return _NOTHING
 
 
-_ENVIRONMENT = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
-_SENTENCE_END = re.compile(r"[.。](?=\s|$|\*\*|</)|[!?](?=\s|$)(?<!\d!)|\n|<\|?/?[a-z_]+\|?>|\s(?:I hope|because|since|which is)\b", re.I)
+_ENVIRONMENT = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$((?:[^$\n\\]|\\.)+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
+_SENTENCE_END = re.compile(
+    r"[.。](?=\s|$|\*\*|</)|(?<![\d\\])[!?](?=\s|$)|\n|<\|?/?[a-z_]+\|?>|\s(?:I hope|because|since|which is)\b", re.I
+)
 
 
 def _after_marker(text: str) -> str:
     """The rest of the line, or of the next line that is not empty, without markup around it."""
     text = text.lstrip(" \t\n*_:：`>").replace("\\boxed{}", "")
-    if _MARKED.match(re.sub(r"^(?:(?:so|therefore|thus|the|final|correct),?\s+)*", "", text[:100], flags=re.IGNORECASE)):
+    if _MARKED.match(
+        re.sub(r"^(?:(?:so|therefore|thus|the|final|correct),?\s+)*", "", text[:100], flags=re.IGNORECASE)
+    ):
         return ""  # a marker of its own
     match = _ENVIRONMENT.match(text)
     if match:
@@ -217,12 +226,15 @@ def _after_marker(text: str) -> str:
     return _SENTENCE_END.split(text, maxsplit=1)[0].strip().strip("*_`").strip()
 
 
-_ANY_NUMBER = re.compile(r"(?<![\w.\\])(?:[$€£]\s*)?[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?:\s*%)?(?![\w/])|(?<!\d)[-−]?\.\d+")
+_ANY_NUMBER = re.compile(
+    r"(?<![\w.\\])(?:[$€£]\s*)?[-−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?:\s*%)?(?![\w/])|(?<!\d)[-−]?\.\d+"
+)
 _PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}\s+[A-Za-z]{2,}")
 _WORDS = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
 _RESULT = re.compile(r"\$?\s?-?[\d,]*\.?\d+(?:\s+[a-z]+){0,3}")
 _HEDGED = re.compile(
-    r"\b(?:not|less|fewer|greater|least|most|between|over|under|million|billion|thousand|dozen|hundred|or|cannot|no)\b", re.I
+    r"\b(?:not|less|fewer|greater|least|most|between|over|under|million|billion|thousand|dozen|hundred|or|cannot|no)\b",
+    re.I,
 )
 
 
@@ -250,7 +262,10 @@ def _candidate(text: str) -> str | None:
 
 
 def _last_resort(text: str) -> str | None:
-    """The last number or formula of the last 2,000 characters."""
+    """All of a short line without sentences; else the last number or formula of the last 2,000 characters."""
+    line = text.strip()
+    if len(line) < 200 and "\n" not in line and not _PROSE.search(line) and not _ENVIRONMENT.search(line):
+        return _candidate(line)
     tail = text[-2000:]
     best, position = None, -1
     for match in _ENVIRONMENT.finditer(tail):
@@ -260,8 +275,6 @@ def _last_resort(text: str) -> str | None:
     for match in _ANY_NUMBER.finditer(tail):
         if match.end() > position:
             best, position = match[0], match.end()
-    if best is None and len(text) < 200 and "\n" not in text.strip():
-        return text.strip() or None  # nothing but an answer
     return best.strip() if best else None
 
 
@@ -269,9 +282,7 @@ def _last_resort(text: str) -> str | None:
 # Grading.
 
 
-def grade_math(
-    response: str, gold: str, *, time_limit: float = TIME_LIMIT, memory_limit: int = MEMORY_LIMIT
-) -> Graded:
+def grade_math(response: str, gold: str, *, time_limit: float = TIME_LIMIT, memory_limit: int = MEMORY_LIMIT) -> Graded:
     """Judges what a model wrote. A thought that was never closed is `truncated`, whatever stands in it.
 
     Safe for any input, from any thread, and back within `time_limit` seconds + 0.5: a verdict that takes longer is
@@ -293,9 +304,7 @@ def grade_final(
     return equivalent(answer, gold, time_limit=time_limit, memory_limit=memory_limit)
 
 
-def equivalent(
-    answer: str, gold: str, *, time_limit: float = TIME_LIMIT, memory_limit: int = MEMORY_LIMIT
-) -> Graded:
+def equivalent(answer: str, gold: str, *, time_limit: float = TIME_LIMIT, memory_limit: int = MEMORY_LIMIT) -> Graded:
     """Whether an extracted answer means what the gold means.
 
     >>> equivalent("0.5", r"\\frac{1}{2}").verdict
@@ -391,7 +400,8 @@ def answer_classes(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# GSM8K, as OpenAI matches it (grade-school-math, dataset.py): the first marker, the text of the number without commas.
+# The matching rules of published scores, for parity. GSM8K as OpenAI matches it (grade-school-math, dataset.py): the
+# first marker, and the text of the number without commas.
 
 _GSM8K = re.compile(r"(?:####|^A:) (-?[0-9.,]+)", re.MULTILINE)
 
@@ -408,10 +418,8 @@ def gsm8k_official(solution: str, gold: str) -> bool:
     return numbers[0] == numbers[1]
 
 
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# ZeroEval (math_eval.py): the first number of the JSON's "answer" is the first number of the gold.
+# The same for ZeroEval (math_eval.py): the first number of the JSON's "answer" is the first number of the gold.
 
 _ZEROEVAL_VALUE = (re.compile(r'"answer"\s*:\s*"([^"]*)"'), re.compile(r'"answer"\s*:\s*([^,\s]*)'))
 

@@ -9,6 +9,9 @@ worker of `math_worker.py` it is math-verify and sympy. So there is one comparis
 whichever process runs it.
 """
 
+# Tables of the signs that are written for others, and of words: both read best as they are.
+# ruff: noqa: RUF001, SIM905
+
 import math
 import re
 import unicodedata
@@ -29,7 +32,7 @@ MAX_DEPTH = 40  # of brackets
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A number or expression, `unit` "" where none is written or none that is known."""
+    """A number or expression; `unit` is "" where none is written that is known. `text` is what was read, everywhere."""
 
     value: Quotient
     unit: str = ""
@@ -131,15 +134,32 @@ def _unicode_to_latex(text: str) -> str:
 
 
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|middle)(?![a-zA-Z])\s*(?:\.(?!\d))?")
-_STYLES = re.compile(r"\\(?:displaystyle|textstyle|limits|quad|qquad|nolimits|rm|bf|it|enspace|hfill|null|strut)(?![a-zA-Z])")
+_STYLES = re.compile(
+    r"\\(?:displaystyle|textstyle|limits|quad|qquad|nolimits|rm|bf|it|enspace|hfill|null|strut)(?![a-zA-Z])"
+)
 # `\,` between digits joins a number: 1\,234. Elsewhere all of these are space.
 _THIN_SPACE = re.compile(r"(?<=\d)(?:\\[,!;:]|\\ |~)+(?=\d{3}(?!\d))")
 _SPACES = re.compile(r"(?<!\\)\\[,!;:> ]|~|\\\\(?=\s*$)")
 _COMMA = re.compile(r",\s*\\!\s*|\{\s*,\s*\}")
-_FONTS = re.compile(r"\\(?:mathrm|mathbf|mathit|mathsf|mathnormal|boldsymbol|bm|vec|hat|operatorname|mathcal)\s*\{\s*(\\?[a-zA-Z])\s*\}")
-_TEXT = re.compile(r"\\(?:text|mbox|hbox|textrm|textbf|textit|textnormal|texttt|mathrm|mathbf|operatorname|emph)\s*\{([^{}]*)\}")
-_DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ('"', '"'), ("*", "*"))
-_RENAMED = re.compile(r"\\(dfrac|tfrac|cfrac|lbrace|rbrace|lbrack|rbrack|leq|geq|leqslant|geqslant|neq|infin|lt|gt|land|lor|degree|degrees|bigcup|lvert|rvert|mid|vert|euro|pounds)(?![a-zA-Z])")
+_FONTS = re.compile(
+    r"\\(?:mathrm|mathbf|mathit|mathsf|mathnormal|boldsymbol|bm|vec|hat|operatorname|mathcal)\s*\{\s*(\\?[a-zA-Z])\s*\}"
+)
+_TEXT = re.compile(
+    r"\\(?:text|mbox|hbox|textrm|textbf|textit|textnormal|texttt|mathrm|mathbf|operatorname|emph)\s*\{([^{}]*)\}"
+)
+_DELIMITERS = (
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\(", r"\)"),
+    (r"\[", r"\]"),
+    ("**", "**"),
+    ("`", "`"),
+    ('"', '"'),
+    ("*", "*"),
+)
+_RENAMED = re.compile(
+    r"\\(dfrac|tfrac|cfrac|lbrace|rbrace|lbrack|rbrack|leq|geq|leqslant|geqslant|neq|infin|lt|gt|land|lor|degree|degrees|bigcup|lvert|rvert|mid|vert|euro|pounds)(?![a-zA-Z])"
+)
 _NEW_NAMES = {
     "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[",
     "rbrack": "]", "leq": r"\le ", "geq": r"\ge ", "leqslant": r"\le ", "geqslant": r"\ge ", "neq": r"\ne ",
@@ -158,7 +178,7 @@ def _matching_pair(text: str, opening: str, closing: str) -> bool:
 
 def clean(text: str) -> str:
     """The answer in one spelling: ASCII, no delimiters, sizes, thin spaces or synonyms. The meaning stays."""
-    text = _unicode_to_latex(text).strip()
+    text = " ".join(_unicode_to_latex(text).split())  # first: many spaces make the patterns below slow
     for _ in range(4):
         before = text
         text = text.strip().rstrip(".,;: \n") if not text.endswith(("\\,", "\\;", "\\:")) else text[:-2]
@@ -239,7 +259,7 @@ def _unit_of_words(words: str, in_text: bool) -> str | None:
     for token in tokens:
         if token in _LINKS or token in _UNIT:
             continue
-        if not in_text and (len(token) < 4 and token not in _SHORT_NOUNS or not _NOUN.fullmatch(token)):
+        if not in_text and ((len(token) < 4 and token not in _SHORT_NOUNS) or not _NOUN.fullmatch(token)):
             return None
     return ""
 
@@ -441,7 +461,9 @@ class Expression:
 
     def starts_atom(self) -> bool:
         text, kind = self.peek(), self.kind()
-        return kind in ("letters", *_NUMBER) or text in ("(", "[", "{") or (kind == "command" and text not in _NOT_ATOMS)
+        return (
+            kind in ("letters", *_NUMBER) or text in ("(", "[", "{") or (kind == "command" and text not in _NOT_ATOMS)
+        )
 
     def power(self) -> Quotient:
         value = self.atom()
@@ -472,11 +494,12 @@ class Expression:
         if token is not None and token.kind in ("number", "letters") and len(token.text) > 1:
             if token.kind == "letters" or not token.text.isdigit() or len(token.text) != 2:
                 raise Undecided("\\frac without braces")
-            first, rest = token.text
-            self.tokens = [*self.tokens[: self.position], *(Token("number", c, 0, 0) for c in (first, rest)),
-                           *self.tokens[self.position + 1 :]]  # fmt: skip
-            self.position += 1
-            return number(int(first))
+            here = self.position
+            self.tokens = [
+                *self.tokens[:here],
+                *(Token("number", c, 0, 0) for c in token.text),
+                *self.tokens[here + 1 :],
+            ]
         return self.argument()
 
     def atom(self) -> Quotient:
@@ -528,7 +551,7 @@ class Expression:
     def letters(self, token: Token) -> Quotient:
         if token.text in FUNCTIONS or len(token.text) > 3 or (len(token.text) > 2 and _NOUN.fullmatch(token.text)):
             raise Undecided("a word")
-        *first, last = token.text
+        first, last = token.text[:-1], token.text[-1]
         value = number(1)
         for letter in first:
             value = value * generator(letter)
@@ -562,7 +585,7 @@ class Expression:
             if len(texts) == 7 and texts[1] == texts[4] == "{" and texts[3] == texts[6] == "}":
                 top, bottom, size = texts[2], texts[5], 7
             elif len(texts) > 1 and re.fullmatch(r"\d\d", texts[1]):
-                (top, bottom), size = texts[1], 2
+                top, bottom, size = texts[1][0], texts[1][1], 2
         elif len(texts) > 2 and texts[0].isdigit() and texts[1] == "/" and texts[2].isdigit():
             top, bottom, size = texts[0], texts[2], 3
         if size and top.isdigit() and bottom.isdigit() and len(top + bottom) < 20 and 0 < int(top) < int(bottom):
@@ -616,7 +639,7 @@ def plain_words(text: str) -> str | None:
         return inner if inner != text else None
     if inner in _SPELLED or all(len(word) == 1 for word in words):
         return None
-    if all(len(word) < 4 and not re.search(r"[aeiouyAEIOUY]|[^\x00-\x7f]", word) for word in words):
+    if all(len(word) < 4 and not re.search(r"[aeiouAEIOU]|[^\x00-\x7f]", word) for word in words):
         return None
     return re.sub(r"^(the|an|a) ", "", inner.lower())
 
@@ -625,7 +648,8 @@ def plain_words(text: str) -> str | None:
 def read(text: str) -> Answer:
     """The meaning of an answer. What cannot be read is `Opaque`; never raises, and its time is bounded."""
     if len(text) > MAX_CHARS:
-        return Opaque(text, text=text)
+        cleaned = clean(text)
+        return Opaque(cleaned, text=cleaned)
     return _read(clean(text), 0)
 
 
@@ -887,8 +911,8 @@ def _same(a: Answer, b: Answer, leaf: Leaf) -> bool:
         return leaf(_bare(a), _bare(b))
     if isinstance(a, Matrix) and isinstance(b, Matrix):
         shapes = [[len(row) for row in x.rows] for x in (a, b)]
-        cells = [sum(x.rows, ()) for x in (a, b)]
-        return a.determinant == b.determinant and shapes[0] == shapes[1] and _all_same(*cells, leaf)
+        cells = [tuple(cell for row in x.rows for cell in row) for x in (a, b)]
+        return a.determinant == b.determinant and shapes[0] == shapes[1] and _all_same(cells[0], cells[1], leaf)
     if isinstance(a, Many) and isinstance(b, Many):
         if {a.kind, b.kind} == {"union", "set"}:
             return False

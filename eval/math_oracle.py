@@ -1,8 +1,8 @@
 """Whether two expressions are equal, by math-verify's LaTeX parser and sympy. Only workers import this.
 
 math-verify 0.9.0 says "equal" of some unequal pairs, for four reasons, each closed here:
-- its normalisation drops what it takes for a unit (`\\mathrm{e}`, `\\text{...}`), quotes and subscripts of numbers: texts
-  are cleaned by `exact.clean` instead, and what the parser would drop is refused (`Unreadable`);
+- its normalisation drops what it takes for a unit (`\\mathrm{e}`, `\\text{...}`), quotes and subscripts of numbers:
+  texts are cleaned by `exact.clean` instead, and what the parser would drop is refused (`Unreadable`);
 - numbers are compared after `evalf(chop=True)` at 15 digits, so that 1/2^99 equals 1/2^98: here as many digits are
   taken as the difference needs, and decimals are exact fractions;
 - letters are put in one case and words are products of letters, so that god equals dog;
@@ -34,7 +34,9 @@ _REFUSED = re.compile(
     r"\d\s*_|\\text|\\mbox|[\"`@;?]|\\(?:ldots|dots|cdots|overline|bar|dot|approx|sim|href|input|write|def|let|url|not)(?![a-zA-Z])"
     r"|\.\.\.|[^\x00-\x7f]|(?<![\\A-Za-z])(?!(?:" + "|".join(sorted(FUNCTIONS)) + r"|sqrt|pi)(?![A-Za-z]))[A-Za-z]{4,}"
 )
-_PLAIN_FUNCTION = re.compile(r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|arcsin|arccos|arctan|pi)(?![A-Za-z])")
+_PLAIN_FUNCTION = re.compile(
+    r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|arcsin|arccos|arctan|pi)(?![A-Za-z])"
+)
 _POINT = re.compile(r"\d*\.\d+|\d+\.(?!\d)")
 
 
@@ -124,13 +126,17 @@ def _points(names: list[str]) -> list[dict[Symbol, Rational]]:
     points = []
     for k in range(10):
         sign = -1 if k % 3 == 2 else 1
-        values = [Rational(sign * (97 + 41 * k + 59 * j * (k + 1)) % (300 + 7 * j), 101 + 2 * k) for j in range(len(names))]
-        points.append({Symbol(name): (value if sign > 0 else -value) for name, value in zip(names, values, strict=True)})
+        values = [
+            Rational(sign * (97 + 41 * k + 59 * j * (k + 1)) % (300 + 7 * j), 101 + 2 * k) for j in range(len(names))
+        ]
+        points.append(
+            {Symbol(name): (value if sign > 0 else -value) for name, value in zip(names, values, strict=True)}
+        )
     return points
 
 
 def _is_zero(a: Expr, b: Expr) -> bool | None:
-    """Whether two numbers are equal: exactly where both are rational, else by as many digits as it takes. None: no numbers."""
+    """Whether two numbers are equal, exactly or by as many digits as it takes; None where they are no numbers."""
     difference = a - b
     if difference.has(sympy.nan, sympy.zoo, sympy.oo):
         return None
@@ -173,4 +179,3 @@ def _same_inequality(a: Basic, b: Basic) -> bool:
         if not same:
             return False
     return True
-

@@ -56,7 +56,10 @@ class Pool:
             ours, theirs = socket.socketpair()
             command = [sys.executable, "-P", "-m", "eval.math_worker", str(theirs.fileno())]
             root = str(Path(__file__).parents[1])
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+            environment = {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            }
             with theirs:
                 zygote = subprocess.Popen(
                     command, env=environment, pass_fds=[theirs.fileno()],

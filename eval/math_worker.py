@@ -1,6 +1,6 @@
 """`python -m eval.math_worker`: the process that grades what only sympy can, in children that may be killed.
 
-    caller --(socket)--> zygote, which has imported sympy and math-verify once --fork--> worker --(its own socket)--> caller
+    caller --(socket)--> zygote, which has imported sympy once --fork--> worker --(its own socket)--> caller
 
 The zygote only forks, kills and reaps: a worker that was killed is replaced in milliseconds. It ends when the caller's
 end of the socket closes, however the caller ended, and kills its workers; they also die with it by themselves.
