@@ -363,10 +363,12 @@ class EndpointSampler:
 
     async def _send(self, session: aiohttp.ClientSession, url: str, body: Any) -> dict[str, Any]:
         """The JSON object that the endpoint answers. Raises _Retry, _Unreachable or _Refused."""
+        # An address with user and password says itself how to get in.
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key and not urlsplit(url).username else {}
         try:
-            async with session.request("GET" if body is None else "POST", url, json=body) as response:
+            async with session.request("GET" if body is None else "POST", url, json=body, headers=headers) as response:
                 raw = await response.read()
-                status, headers = response.status, response.headers
+                status, after = response.status, _retry_after(response.headers.get("Retry-After"))
         except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as error:
             # Only the connection: `sock_connect` is the one socket timeout that is set.
             why = getattr(error, "os_error", error)  # without aiohttp's words on TLS
@@ -376,7 +378,7 @@ class EndpointSampler:
         except (aiohttp.ClientError, ConnectionError, asyncio.IncompleteReadError) as error:
             raise _Retry(f"{_shown(url)} broke off: {type(error).__name__}: {error}") from error
         if status in RETRIED_STATUSES or status >= 500:
-            raise _Retry(f"{_shown(url)} answered {status}: {_message(raw)}", _retry_after(headers.get("Retry-After")))
+            raise _Retry(f"{_shown(url)} answered {status}: {_message(raw)}", after)
         if status >= 400:
             raise _Refused(f"{_shown(url)} answered {status}: {_message(raw)}")
         try:
@@ -457,9 +459,7 @@ class EndpointSampler:
             raise ConnectionError(self._clean("; ".join(endpoint.error for endpoint in self._endpoints)))
 
     def _session(self) -> aiohttp.ClientSession:
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         return aiohttp.ClientSession(
-            headers=headers,
             timeout=aiohttp.ClientTimeout(total=self.timeout, sock_connect=min(10.0, self.timeout)),
             connector=aiohttp.TCPConnector(limit=0),
         )
