@@ -105,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
         "--timeout", type=float, default=1800.0, help="seconds for one attempt, the whole answer (default 1800)"
     )
     served.add_argument(
+        "--retries", type=int, default=8, help="attempts after the first (default 8), further apart each"
+    )
+    served.add_argument(
         "--tokenizer", help="Hub id or folder: render chats here and send text, so that a thought can be opened"
     )
     served.add_argument(
@@ -184,15 +187,18 @@ def _run(arguments: argparse.Namespace) -> int:
 def _local_sampler(arguments: argparse.Namespace) -> Any:
     from eval.local_sampler import TransformersSampler
 
-    return TransformersSampler.from_pretrained(
-        arguments.model,
-        revision=arguments.revision,
-        dtype=arguments.dtype,
-        device_map=arguments.device_map,
-        trust_remote_code=arguments.trust_remote_code,
-        batch_size=arguments.batch_size,
-        context_length=arguments.context_length,
-    )
+    try:
+        return TransformersSampler.from_pretrained(
+            arguments.model,
+            revision=arguments.revision,
+            dtype=arguments.dtype,
+            device_map=arguments.device_map,
+            trust_remote_code=arguments.trust_remote_code,
+            batch_size=arguments.batch_size,
+            context_length=arguments.context_length,
+        )
+    except (OSError, ValueError) as error:  # some of transformers' messages do not name what was to be loaded
+        raise ValueError(f"the model {arguments.model!r} cannot be loaded: {error}") from error
 
 
 def _endpoint_sampler(arguments: argparse.Namespace, plan: Any) -> Any:
@@ -205,6 +211,7 @@ def _endpoint_sampler(arguments: argparse.Namespace, plan: Any) -> Any:
         api_key_env=arguments.api_key_env,
         concurrency=arguments.concurrency,
         timeout=arguments.timeout,
+        retries=arguments.retries,
         revision=arguments.revision,
         tokenizer=arguments.tokenizer,
         context_length=arguments.context_length,

@@ -147,8 +147,8 @@ def notes(results: Results, model: str | None = None) -> list[str]:
             )
         first = {one["detail"]: one for one in reversed(task.failures)}
         lines += [
-            f"{task.task}: {task.verdicts['failed']:,} verdicts are 'failed', as of {one['id']}, sample {one['index']}: "
-            f"{detail}"
+            f"{task.task}: {task.verdicts['failed']:,} verdicts are 'failed', as of {one['id']}, sample "
+            f"{one['index']}: {detail}"
             for detail, one in list(reversed(first.items()))[:3]
         ]
         lines += [f"{task.task}: {reason}" for reason in task.refused.values()]
