@@ -202,10 +202,14 @@ def clean(text: str) -> str:
     text = _RENAMED.sub(lambda m: _NEW_NAMES[m[1]], text)
     text = _FONTS.sub(r" \1 ", text)
     text = text.replace("**", "^").replace(r"\%", "%").replace(r"\#", "#")
+    text = _ARRAY.sub(lambda m: r"\begin{pmatrix}" if m[1] else r"\end{pmatrix}", text)
+    if whole := _TEXT.fullmatch(text):
+        text = whole[1] if re.search(r"\d", whole[1]) else text
     text = _LARGE.sub(lambda m: rf"{m[1]} \cdot 10^{{{_ZEROS[m[2].lower()]}}}", text)
     return " ".join(text.split())
 
 
+_ARRAY = re.compile(r"[(\[]\s*\\(begin)\s*\{array\}\s*(?:\{[lcr| ]*\})?|\\end\s*\{array\}\s*[)\]]")
 _ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _LARGE = re.compile(rf"(\d)\s*(?:\\text\s*\{{\s*)?({'|'.join(_ZEROS)})(?![a-zA-Z])\s*\}}?", re.IGNORECASE)
 
@@ -864,7 +868,7 @@ def same(gold: str, answer: str, leaf: Leaf = undecided) -> bool:
     a, b = clean(gold), clean(answer)
     if not a or not b:
         return False
-    if a == b:
+    if a == b or (_sentence(a) is not None and _sentence(a) == _sentence(b)):
         return True
     integers = [_plain_integer(text) for text in (a, b)]
     if None not in integers:  # of any length: no int() of a million digits
@@ -876,6 +880,13 @@ def same(gold: str, answer: str, leaf: Leaf = undecided) -> bool:
     elif _GROUPED.fullmatch(a) and isinstance(second, Many | Sequence):
         first = read(a.replace(",", ", "))
     return _same(first, second, leaf)
+
+
+def _sentence(text: str) -> str | None:
+    r"""A text with a word in it, without the commands around: \text{June 20} is June 20."""
+    text = _TEXT.sub(r" \1 ", text) if re.search(r"[A-Za-z]{3}", _TEXT.sub(r"\1", text)) else ""
+    text = " ".join(text.replace("p.m.", "pm").replace("a.m.", "am").split()).lower()
+    return text if text and "\\" not in text and re.search(r"[a-z]{3}", text) else None
 
 
 _GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+")

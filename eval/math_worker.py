@@ -53,8 +53,9 @@ def _exactly(channel: socket.socket, size: int) -> bytes:
 
 def zygote(control: socket.socket) -> None:
     """Serves until the caller's end closes."""
-    import eval.math_oracle  # noqa: F401  # now, so that every worker is born with it
+    from eval.math_oracle import warm_up
 
+    warm_up()
     gc.freeze()  # what the workers share is not copied by a collection
     children: set[int] = set()
     wakeup_read, wakeup_write = socket.socketpair()

@@ -247,6 +247,10 @@ EQUAL = [
     (r"\text{(C)}", "(C)"),
     (r"\text{even}", "even."),
     (r"\text{ellipse}", "an ellipse"),
+    (r"\text{June 20}", "June 20"),
+    (r"\text{6:00 p.m.}", "6:00 pm"),
+    ("18", r"\text{18 eggs}"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\left(\begin{array}{c}1\\2\end{array}\right)"),
     ("xy", r"x \cdot y"),
     # bases
     (r"4210_{5}", "4210_5"),
