@@ -240,6 +240,8 @@ def test_many_keep_their_order_and_lose_no_verdict():
 
 def test_a_killed_worker_is_replaced_in_milliseconds():
     equivalent(r"\sin(9^{9^{9^9}})", r"\cot 1", time_limit=0.3)
+    assert equivalent(r"\tan x", r"\cot x").verdict == "wrong"
+    assert pool()._idle
     for worker in list(pool()._idle):
         os.kill(worker.pid, signal.SIGKILL)
     start = time.perf_counter()
@@ -307,6 +309,50 @@ def test_workers_die_with_a_caller_that_is_killed():
     while any(_alive(pid) for pid in family) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not [pid for pid in family if _alive(pid)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_die_with_a_killed_zygote():
+    equivalent(r"\tan x", r"\cot x")
+    zygote = pool()._zygote
+    assert zygote is not None
+    with ThreadPoolExecutor(1) as thread:
+        spinning = thread.submit(equivalent, r"\sin(9^{9^{9^9}})", r"\cot 1", time_limit=3)
+        time.sleep(0.3)
+        workers = _children(zygote.pid)
+        zygote.kill()
+        zygote.wait()
+        assert spinning.result().verdict in ("failed", "timeout")
+    assert workers
+    assert not [pid for pid in workers if _alive(pid)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_forked_child_does_not_keep_the_workers_of_a_dead_parent():
+    process = _run(r"""
+        import os, time
+        from eval.answers import equivalent
+        from eval.math_pool import pool
+        equivalent(r"\tan x", r"\cot x")
+        if (child := os.fork()) == 0:
+            os.close(1), os.close(2)
+            time.sleep(30)
+            os._exit(0)
+        print(pool()._zygote.pid, child, flush=True)
+        time.sleep(30)
+    """)
+    zygote, child = map(int, process.stdout.readline().split())
+    family = [zygote, *_children(zygote)]
+    process.kill()
+    process.communicate()
+    try:
+        deadline = time.monotonic() + 5
+        while any(_alive(pid) for pid in family) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert _alive(child)
+        assert not [pid for pid in family if _alive(pid)]
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def _alive(pid: int) -> bool:
