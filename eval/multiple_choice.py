@@ -1,7 +1,7 @@
 r"""Choices A to J: how they are shown, in which order, and which one an answer names.
 
-The chain that reads the letter is part of a protocol: on real outputs, the first pattern of the official MMLU-Pro
-chain alone costs one model 10 points. Three chains, by name in `CHAINS`:
+The chain that reads the letter is part of a protocol: on 12,020 real answers to MMLU-Pro, the official chain gives
+70.25 % and ours, which takes the last statement instead of the first, 72.01 %. Three chains, by name in `CHAINS`:
 
 - `default`, ours: only what the text states counts, and a miss is never a letter.
 - `mmlu_pro`: the three patterns of TIGER-AI-Lab/MMLU-Pro, `evaluate_from_api.py`, without its random guess.
@@ -16,8 +16,9 @@ The default chain reads the text from its end, tier by tier; a tier is asked onl
 4. the letter alone, or with the text of its choice, as the whole answer or as its first or last line.
 
 A statement that names no single choice ("Answer: I don't know", "None of the above", "either A or B", a letter beyond
-the choices) is an answer too, namely none: nothing above it is read. A denied or conditional one ("the answer is not
-B", "if the answer is B") states nothing. "A" before a word is the article and "I" the pronoun, unless set apart.
+the choices) is an answer too, namely none: nothing above it is read. A conditional one ("if the answer is B") states
+nothing, and a denied one ("the answer is not B") takes back a B above it and no more. "A" before a word is the article
+and "I" the pronoun, unless set apart.
 """
 
 # ruff: noqa: RUF001, RUF002  # full-width letters and punctuation are what is read here

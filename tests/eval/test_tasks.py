@@ -580,6 +580,7 @@ def test_the_rows_of_the_hub_give_the_samples_of_the_files():
     assert aime({"problem": "p", "answer": "073"}, 1) == aime({"problem": "p", "expected_answer": "73"}, 1)
     with pytest.raises(ValueError, match="row 1 has neither expected_answer nor answer"):
         aime({"problem": "p"}, 1)
+    assert TASKS["gsm8k"].to_sample({"question": "q", "answer": "So.\n#### 1,234"}, 0).gold == "1234"
     pro = TASKS["mmlu_pro"].to_sample
     row = {"question_id": 70, "question": "q", "options": ["1", "2", "N/A"], "answer": "B", "category": "law"}
     assert pro(row, 0).choices == ("1", "2")
