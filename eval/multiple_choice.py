@@ -126,29 +126,24 @@ def simple_evals_permutations(n_items: int, n_repeats: int = 4, n_choices: int =
 # The official chains.
 
 _MMLU_PRO_FIRST = re.compile(r"answer is \(?([A-J])\)?")
-_MMLU_PRO_AGAIN = re.compile(r"[aA]nswer:(?=\s*([A-J]))")
-_MMLU_PRO_FINAL = re.compile(r"([A-J])(?<!\w.)\b", re.DOTALL)  # \b[A-J]\b, found faster by its letter
+_MMLU_PRO_ANY = re.compile(r"nswer:(?<=[aA]nswer:)\s*[A-J]")  # begins with a literal, which is found fast
+_MMLU_PRO_AGAIN = re.compile(r".*[aA]nswer:\s*([A-J])")
+_MMLU_PRO_FINAL = re.compile(r"[A-J]\b(?<!\w.)", re.DOTALL)  # \b[A-J]\b, found faster by its letter
 
 
 def _mmlu_pro(text: str, n_choices: int) -> str | None:
     r"""The official functions `extract_answer`, `extract_again` and `extract_final`, in linear time.
 
-    `re.search(r".*[aA]nswer:\s*([A-J])")` is quadratic on a line without a match. What it finds is the last marker on
-    the first line that has one: the lookahead lets markers overlap ("answer: Answer: B" is B), as `.*` does.
+    `re.search(r".*[aA]nswer:\s*([A-J])")` is quadratic on a line without a match: here a line that has one is found
+    first, and the pattern is tried there once.
     `\b[A-J]\b(?!.*\b[A-J]\b)` is the last letter that stands alone: the first one of the reversed text.
     """
     if found := _MMLU_PRO_FIRST.search(text):
         return found[1]
-    if found := _MMLU_PRO_AGAIN.search(text):
-        line_end = text.find("\n", found.start())
-        line_end = len(text) if line_end == -1 else line_end
-        while further := _MMLU_PRO_AGAIN.search(text, found.end()):
-            if further.start() >= line_end:
-                break
-            found = further
+    if (found := _MMLU_PRO_ANY.search(text)) and (found := _MMLU_PRO_AGAIN.match(text, found.start() - 1)):
         return found[1]
     found = _MMLU_PRO_FINAL.search(text[::-1])
-    return found[1] if found else None
+    return found[0] if found else None
 
 
 _SIMPLE_EVALS = [re.compile(rf"(?i)Answer[ \t]*:[ \t]*\$?([A-{last}])\$?") for last in LETTERS]
