@@ -185,7 +185,7 @@ def summarise(rows: Iterable[Row], *, k: int, pass_at: Sequence[int], classes: C
         rates=verdict_rates(counts),
         pass_at=scores,
         refused=refused,
-        cons_at_k=score_interval(votes, clusters) if votes and k > 1 else None,
+        cons_at_k=score_interval(votes, clusters) if votes else None,
         groups={
             group: score_interval([credits[place] for place in places], [clusters[place] for place in places])
             for group, places in sorted(groups.items())

@@ -285,8 +285,8 @@ def test_equal_models_have_an_interval_with_width() -> None:
 
 
 def test_paired_difference_by_id_joins_on_the_ids() -> None:
-    a, b = {"x": 1.0, "y": 0.0, "z": 1.0}, {"z": 1.0, "y": 1.0, "x": 0.0}
-    assert paired_difference(a, b) == paired_difference([1.0, 0.0, 1.0], [0.0, 1.0, 1.0])
+    a, b = {"x": 1.0, "y": 0.0, "z": 0.0}, {"z": 0.0, "y": 1.0, "x": 1.0}
+    assert paired_difference(a, b) == paired_difference([1.0, 0.0, 0.0], [1.0, 1.0, 0.0])
     both = paired_difference(
         {"x": [1, 1], "y": [0, 1], "z": [0, 0]},
         {"x": [1, 0], "y": [0, 0], "z": [0, 1]},

@@ -246,6 +246,7 @@ def test_log_likelihoods_are_asked_of_each_choice(tmp_path: Path) -> None:
     assert (rows[0].answer, rows[0].gold, rows[3].gold) == (rows[3].answer, "A", "D")
     assert results.tasks[0].graders == ["likelihood/1"]
     assert results.tasks[0].thoughts == {}
+    assert results.tasks[0].cons_at_k is None  # one sample is no vote
     assert regrade(tmp_path, benchmarks=[COLOURS]).flips == []
 
 
@@ -292,7 +293,15 @@ def test_a_vote_for_one_letter_shown_is_no_majority(tmp_path: Path) -> None:
     results = evaluate(AlwaysA(), [COLOURS], protocol(samples=64, permutation="per_sample"), tmp_path, items=ITEMS)
     low, high = results.tasks[0].score.interval
     assert low < 0.25 < high
-    assert {row.vote for row in rows_of(tmp_path)} == set("ABCD")
+    rows = rows_of(tmp_path)
+    assert {row.answer for row in rows} == {"A"}
+    by_hand = []
+    for sample in ITEMS["colours"]:
+        votes = Counter(row.vote for row in rows if row.id == sample.id)
+        largest = [letter for letter, count in votes.items() if count == max(votes.values())]
+        by_hand.append((sample.gold in largest) / len(largest))
+    assert results.tasks[0].cons_at_k is not None
+    assert results.tasks[0].cons_at_k.value == pytest.approx(sum(by_hand) / 12)
 
 
 def test_prompts_and_stops_follow_the_settings(tmp_path: Path) -> None:
