@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+# Installed without what it asks for, which the lock holds but for pycosat: a C extension without wheels, used by one kind
+# of puzzle that is not among our tasks.
+REASONING_GYM = reasoning_gym==0.1.25
 
 # Nothing here may fetch models or datasets: a test that tries fails at once instead of waiting for a network.
 export HF_HUB_OFFLINE = 1
@@ -26,7 +29,7 @@ lint: venv  ## check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: venv  ## measure the model against transformers' own, print the table
+bench: venv  ## measure against transformers' own and lm-eval, print the table
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/run.py $(ROWS)
 
 clean:  ## remove the environment and what the tools leave behind
@@ -42,5 +45,6 @@ $(STAMP): requirements.lock pyproject.toml
 	@echo "installing requirements.lock into $(VENV) (a minute or more the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(REASONING_GYM)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
