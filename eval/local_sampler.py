@@ -224,25 +224,24 @@ class TransformersSampler:
         tokens = self._encode_cached(prompt)
         # A special token as a stop string never shows in the text.
         stop_ids = {self._special[stop] for stop in request.stop if stop in self._special}
-        row = _Row(request, tokens or self._prefix(), frozenset(stop_ids) | self._eos)
+        row = _Row(request, tokens or (self.prefix_token,), frozenset(stop_ids) | self._eos)
         row.restart()
         return row
 
-    def _prefix(self) -> tuple[int, ...]:
+    @property
+    def prefix_token(self) -> int:
         """What stands before an empty prompt."""
-        first = self.tokenizer.bos_token_id
-        if first is None:
-            first = self.tokenizer.eos_token_id
-        if first is None:
-            raise ValueError(f"an empty prompt needs a token to begin with, and {self.name} has neither bos nor eos")
-        return (first,)
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise ValueError(f"an empty prompt needs a token to begin with, and {self.name} has neither bos nor eos")
 
     def _pairs(self, prompt: str, choices: Sequence[str]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
         """Tokens of the prompt and of each choice after it, cut as lm-eval cuts them: spaces at the end of the prompt
         go to the choice, prompt and choice are encoded as one text, and what follows the prompt's own length is the
         choice."""
         if not prompt:
-            prefix = self._prefix()
+            prefix = (self.prefix_token,)
             encoded = [tuple(self.tokenizer.encode(choice, add_special_tokens=False)) for choice in choices]
             # A choice that begins with that token itself is not asked to predict it twice.
             return prefix, tuple(tokens[1:] if tokens[:1] == prefix else tokens for tokens in encoded)
@@ -256,7 +255,7 @@ class TransformersSampler:
         if not all(continuations):
             empty = choices[continuations.index(())]
             raise ValueError(f"the choice {empty!r} has no token of its own after its prompt; nothing can be scored")
-        return tokens or self._prefix(), continuations
+        return tokens or (self.prefix_token,), continuations
 
     def _has_bos(self, text: str) -> bool:
         return bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)

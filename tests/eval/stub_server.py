@@ -86,7 +86,6 @@ class StubServer:
             site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
             await site.start()
             self.port = self._runner.addresses[0][1]
-            started.set()
 
         async def stop() -> None:
             await self._runner.cleanup()
@@ -97,6 +96,7 @@ class StubServer:
 
         def serve() -> None:
             self._loop.run_until_complete(start())
+            self._loop.call_soon(started.set)  # only a loop that runs can be stopped
             self._loop.run_forever()
             self._loop.run_until_complete(stop())
             self._loop.close()
