@@ -72,9 +72,12 @@ _BARE_BOX_END = re.compile(r"\$|\n|\\\)|\\\]|[.,;](?:\s|$)")
 
 
 def _last_box(text: str) -> tuple[str | None, int]:
-    """The content of the last complete box, and where it ends. Of nested boxes, the inner one."""
+    """The content of the last complete box, and where it ends. Of nested boxes, the inner one.
+
+    Behind 2,000 boxes without content, only what stands before a closing brace is looked at, 2,000 more of them.
+    """
     end = len(text)
-    for position in _last_positions(text, "box", most=len(text)):
+    for position in _box_positions(text):
         # \boxed, \fbox or \framebox
         match = (
             _BOX.match(text, max(0, position - 1))
@@ -176,6 +179,14 @@ def _last_positions(text: str, literal: str, most: int = 200) -> Iterator[int]:
     while most and (position := text.rfind(literal, 0, position)) != -1:
         yield position
         most -= 1
+
+
+def _box_positions(text: str) -> Iterator[int]:
+    last = len(text)
+    for position in _last_positions(text, "box", most=2000):
+        yield position
+        last = position
+    yield from _last_positions(text[: text.rfind("}", 0, last) + 1], "box", most=2000)
 
 
 _NOTHING = object()

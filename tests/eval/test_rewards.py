@@ -69,8 +69,8 @@ def test_grpo_trains_on_them(tmp_path):
 
     rows = datasets.Dataset.from_dict({"prompt": ["2+2=", "1+1="] * 4, "answer": ["4", "2"] * 4})
     arguments = GRPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=4, max_steps=1,
-        report_to=[], use_cpu=True, bf16=False, logging_steps=1,
+        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=4,
+        max_steps=1, report_to=[], use_cpu=True, bf16=False, logging_steps=1,
     )  # fmt: skip
     trainer = GRPOTrainer(
         tiny_lm(), reward_funcs=[MathReward(), ThoughtReward()], args=arguments, train_dataset=rows,

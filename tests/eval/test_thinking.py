@@ -24,7 +24,9 @@ CASES = {
     "the model quotes the tag in its thought": (
         "<think>the tag <think> opens</think>4", False, None, "stop", "nested", "the tag <think> opens", "4",
     ),
-    "opened by the template and again by the model": ("<think>2+2</think>4", True, None, "stop", "nested", "<think>2+2", "4"),
+    "opened by the template and again by the model": (
+        "<think>2+2</think>4", True, None, "stop", "nested", "<think>2+2", "4",
+    ),
     "closed twice": ("a</think>b</think>4", True, None, "stop", "nested", "a</think>b", "4"),
     "two thoughts": ("<think>a</think>3<think>b</think>4", False, None, "stop", "nested", "a</think>3<think>b", "4"),
     "a second thought is cut off": (
