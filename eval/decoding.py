@@ -83,10 +83,9 @@ class RowLayer(DynamicLayer):
         """The forward pass is over."""
         self.end, self.width, self.ahead = self.end + self.ahead, self.width + self.ahead, 0
 
-    def shrink(self, rows: int, width: int) -> None:
-        """Forgets a forward pass or an admission that broke off, and all but the first `rows` rows."""
+    def forget(self, rows: int, width: int) -> None:
+        """Forgets a forward pass that is not over, and all but the first `rows` rows."""
         self.rows, self.width, self.ahead = rows, width, 0
-        self.move(rows, width, room=64)
 
 
 class Rows:
@@ -125,18 +124,27 @@ class Rows:
         if "position_ids" in _parameters(self.model):
             lengths = torch.tensor(self.lengths, device=input_ids.device)
             inputs["position_ids"] = lengths[:, None] + torch.arange(new, device=input_ids.device)
-        logits = self.model(**inputs, past_key_values=self.cache, use_cache=True).logits
-        self.lengths = [length + new for length in self.lengths]
+        return self.model(**inputs, past_key_values=self.cache, use_cache=True).logits
+
+    def commit(self) -> None:
+        """The tokens of the last forward pass stay."""
+        self.lengths = [length + self.layers[0].ahead for length in self.lengths]
         for layer in self.layers:
             layer.commit()
-        return logits
+
+    def clear(self) -> None:
+        """No rows; the buffers stay for the next ones."""
+        self.lengths.clear()
+        for layer in self.layers:
+            layer.forget(0, 0)
 
     def shrink(self, rows: int) -> int:
         """After a forward pass or an admission that ran out of memory: keeps the first `rows` rows, in buffers of their
         size. Returns how many are kept."""
         del self.lengths[rows:]
         for layer in self.layers:
-            layer.shrink(len(self.lengths), max(self.lengths, default=0))
+            layer.forget(len(self.lengths), max(self.lengths, default=0))
+            layer.move(layer.rows, layer.width, room=64)
         return len(self.lengths)
 
 
@@ -166,12 +174,16 @@ class Together:
             self._keep([last if index == row else index for index in range(last)])
 
     def forward(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-        logits = self.model(input_ids=_padded(tokens, self.model), past_key_values=self.cache, use_cache=True).logits
-        self.lengths = [length + logits.shape[1] for length in self.lengths]
-        return logits
+        return self.model(input_ids=_padded(tokens, self.model), past_key_values=self.cache, use_cache=True).logits
+
+    def commit(self) -> None:
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def clear(self) -> None:
+        self.lengths, self.cache = [], None
 
     def shrink(self, rows: int) -> int:
-        self.lengths, self.cache = [], None  # what the pass that failed has written cannot be told apart
+        self.clear()  # what the pass that failed has written cannot be told apart
         return 0
 
 

@@ -339,6 +339,7 @@ class _Run:
                 self.cache.admit([source for _, source in new])
             if self.rows:
                 logits = self.cache.forward([row.tokens[-1:] for row in self.rows])[:, -1]
+                self.cache.commit()
                 alive = self.take(self.rows, logits, done)
                 for index in range(len(self.rows) - 1, -1, -1):
                     if not alive[index]:
@@ -518,7 +519,7 @@ class _Scoring:
         """Log-probabilities of all tokens but the first of each continuation, and whether each is the likeliest."""
         self.cache.admit([(filled, index, length) for (index, _), length in zip(keys, lengths, strict=True)])
         logits = self.cache.forward([tokens[:-1] for _, tokens in keys]).float()
-        self.cache.shrink(0)
+        self.cache.clear()
         targets = pad_sequence([torch.tensor(tokens[1:]) for _, tokens in keys], batch_first=True).to(logits.device)
         logprobs = logits.log_softmax(-1).gather(-1, targets[:, :, None]).squeeze(-1).cpu()
         likeliest = (logits.argmax(-1) == targets).tolist()

@@ -473,6 +473,7 @@ def test_rows_that_come_and_go_have_the_logits_of_full_passes():
                 rows.admit([(filled, 0, len(prompt))])
                 texts.append([*prompt, logits.argmax().item()])
             logits = rows.forward([text[-1:] for text in texts])[:, -1]
+            rows.commit()
             for text, row in zip(texts, logits, strict=True):
                 full = model(torch.tensor([text])).logits[0, -1]
                 torch.testing.assert_close(row, full, atol=1e-4, rtol=1e-4)
