@@ -20,8 +20,7 @@ from eval.hendrycks_math import MATH, SUBJECTS, last_box
 from eval.metrics import score_interval
 from eval.mmlu_pro import INSTRUCTION
 from eval.multiple_choice import LETTERS, permute, permuted, simple_evals_permutations
-from eval.prompts import DIRECTIVE, MINERVA
-from eval.protocols import DIRECTIVE as PROTOCOL_DIRECTIVE
+from eval.prompts import MINERVA
 from eval.protocols import PROTOCOLS
 from eval.reasoning_gym_tasks import DATASETS, SEED, problems
 from eval.sample import Sample
@@ -69,7 +68,6 @@ def test_every_protocol_finds_its_templates():
             assert settings.chain in TASKS[name].chains
             if settings.shots:
                 assert TASKS[name].exemplars or len(TASKS[name].fixed_exemplars) >= settings.shots
-    assert DIRECTIVE == PROTOCOL_DIRECTIVE
 
 
 def test_an_unknown_task_is_an_error_with_the_nearest_name():
@@ -591,7 +589,8 @@ def test_the_rows_of_the_hub_give_the_samples_of_the_files():
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_generated_tasks(dataset):
-    pytest.importorskip("reasoning_gym")
+    if importlib.util.find_spec("reasoning_gym") is None:  # importing it is another matter: it may lack pycosat
+        pytest.skip("the extra reasoning-gym is not installed")
     task = TASKS[f"rg_{dataset}"]
     samples = load(task, DATA)
     assert len(samples) == 200
