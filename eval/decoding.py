@@ -23,7 +23,7 @@ class RowLayer(DynamicLayer):
     """One layer's keys and values, (rows, heads, columns, size), of rows that all end in the same column.
 
     The columns in use are `[end - width, end)` of a larger buffer. A row shorter than `width` begins later, and the
-    attention mask hides what stands before it: zeros, since even a masked NaN would spread.
+    attention mask hides what stands before it: zeros in every row, since even a masked NaN would spread.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,6 @@ class RowLayer(DynamicLayer):
         if total > capacity or width > self.end:
             self.move(max(total, capacity), max(width, self.end), room=max(64, width // 2))
         for number, buffer in enumerate(self.buffers):
-            buffer[: self.rows, :, self.end - width : self.end - self.width] = 0
             for row, (layer, index, length) in enumerate(sources, start=self.rows):
                 states = layer.values if number else layer.keys
                 buffer[row, :, : self.end - length] = 0

@@ -160,6 +160,24 @@ def test_stop_strings_cut_the_text_before_the_first_of_them():
         assert 0 < cut.completion_tokens < completion.completion_tokens
 
 
+def test_of_two_stop_strings_in_one_token_the_first_cuts():
+    sampler = small_sampler(ends=0.0)
+    for _, completion in sampler.sample(requests(12, 1, temperature=0.0, max_tokens=1)):
+        if len(set(completion.text)) >= 3 and completion.text.isascii():
+            break
+    stops = completion.text[2], completion.text[1]
+    request = next(
+        one for one in requests(12, 1, temperature=0.0, stop=stops) if _writes(sampler, one, completion.text)
+    )
+    ((_, cut),) = sampler.sample([request])
+    assert (cut.text, cut.completion_tokens) == (completion.text[:1], 1)
+
+
+def _writes(sampler: TransformersSampler, request: Request, text: str) -> bool:
+    ((_, completion),) = sampler.sample([Request(request.prompt, max_tokens=1)])
+    return completion.text == text
+
+
 def test_a_stop_string_that_is_a_special_token_ends_the_completion():
     model, tokenizer = tiny_lm(), tiny_tokenizer()
     head = torch.nn.Linear(32, 512)
@@ -483,6 +501,26 @@ def test_rows_that_come_and_go_have_the_logits_of_full_passes():
                 rows.drop(gone)
                 texts[gone] = texts[-1]
                 texts.pop()
+
+
+def test_a_row_of_nan_leaves_nothing_behind():
+    """Its place is taken by a shorter row, beside a longer one: 0 times a NaN that is masked would be NaN."""
+    model = tiny_lm()
+    rows, prefill = rows_for(model), Prefill(model, True)
+    long, other, short = tuple(range(10, 60)), tuple(range(60, 110)), (7, 8, 9)
+    with torch.no_grad():
+        filled, _ = prefill([other, long])
+        for layer in filled.layers:
+            layer.keys[1], layer.values[1] = torch.nan, torch.nan
+        rows.admit([(filled, 0, len(other)), (filled, 1, len(long))])
+        assert rows.forward([[5], [5]])[1].isnan().all()
+        rows.commit()
+        rows.drop(1)
+        later, _ = prefill([short])
+        rows.admit([(later, 0, len(short))])
+        logits = rows.forward([[6], [6]])[:, -1]
+        for text, row in zip(([*other, 5, 6], [*short, 6]), logits, strict=True):
+            torch.testing.assert_close(row, model(torch.tensor([text])).logits[0, -1], atol=1e-5, rtol=1e-5)
 
 
 # Scores.
