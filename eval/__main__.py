@@ -146,7 +146,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(one) for one in text.split(","))
+    try:
+        return tuple(int(one) for one in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, as in 4,16") from None
 
 
 def _data(values: Sequence[str]) -> Path | dict[str, Path] | None:
@@ -218,6 +221,7 @@ def _endpoint_sampler(arguments: argparse.Namespace, plan: Any) -> Any:
     )
     if arguments.skip_preflight:
         return sampler
+    sampler.check(())  # nobody there, or another model: said at once, where the preflight would try again for minutes
     found = preflight(sampler, chat=None if any(task.settings.mode == "chat" for task in plan.tasks) else False)
     print(found, file=sys.stderr)
     (arguments.out / "preflight.json").write_text(

@@ -88,7 +88,8 @@ class EvaluationCallback(TrainerCallback):
     def evaluate(self, model: torch.nn.Module, out: Path) -> Results:
         """One evaluation, outside of training too. The model comes back as it was."""
         model = getattr(model, "module", model)  # DDP
-        was_training, config = model.training, model.config
+        config: Any = model.config
+        was_training = model.training
         had_cache = config.use_cache
         out.mkdir(parents=True, exist_ok=True)
         try:

@@ -43,7 +43,10 @@ class Settings(BaseModel):
 
     def unlike(self, other: "Settings") -> dict[str, tuple[Any, Any]]:
         """The fields in which two settings measure different things: name to both values."""
-        ours, theirs = self.model_dump(exclude={"samples"}), other.model_dump(exclude={"samples"})
+        nothing = {"samples"}
+        if self.mode == other.mode == "loglikelihood":  # nothing is generated
+            nothing |= {"temperature", "top_p", "max_tokens"}
+        ours, theirs = self.model_dump(exclude=nothing), other.model_dump(exclude=nothing)
         return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
 
 
@@ -51,7 +54,7 @@ class Protocol(BaseModel):
     """A way to ask, with its source. `kinds` and `tasks` hold what differs from `defaults`, by kind and by task name.
 
     `only` lists the tasks the protocol is defined for; empty means all. `ours` maps a task, or "*", to the settings
-    that the source leaves open and that we chose.
+    that the source leaves open and that we chose. `base` is the published protocol that one's own started from.
     """
 
     model_config = STRICT
@@ -63,6 +66,7 @@ class Protocol(BaseModel):
     tasks: dict[str, dict[str, Any]] = {}
     only: list[str] = []
     ours: dict[str, str] = {}
+    base: str = ""
 
     def settings(self, benchmark: Benchmark, **overrides: Any) -> Settings:
         """The settings for one task; None among `overrides` leaves the protocol's value.
@@ -92,8 +96,6 @@ class Protocol(BaseModel):
         """What the source leaves open for a task, one line each."""
         return [self.ours[key] for key in ("*", task) if key in self.ours]
 
-
-DIRECTIVE = "Please reason step by step, and put your final answer within \\boxed{}."  # README of DeepSeek-R1
 
 # R1 p. 11-14 and the README's usage notes: temperature 0.6, top-p 0.95, 32,768 tokens, no system prompt, no few-shot,
 # the directive for mathematics, the reply started with <think>; simple-evals prompts for MMLU, DROP and GPQA-Diamond;
@@ -236,4 +238,6 @@ def _from_values(values: dict[str, Any], where: str) -> Protocol:
         kinds=over(base.kinds if base else {}, file.kinds),
         tasks=over(base.tasks if base else {}, file.tasks),
         only=file.only or (base.only if base else []),
+        ours=base.ours if base else {},
+        base=base.name if base else "",
     )

@@ -79,12 +79,16 @@ def _not_comparable(results: Results, task: TaskResult, published: PublishedScor
 
 
 def _changed_settings(results: Results, task: TaskResult) -> str:
-    """What an option of the run changed in the protocol's settings, "" if nothing."""
+    """What an option of the run, or one's own protocol, changed in the settings of the published one, "" if nothing."""
     protocol = Protocol(**results.protocol)
-    if task.task not in TASKS:
+    protocol = PROTOCOLS.get(protocol.base, protocol)
+    if task.task not in TASKS or (protocol.only and task.task not in protocol.only):
         return ""
-    unlike = Settings(**task.settings).unlike(protocol.settings(TASKS[task.task]))
-    return "; ".join(f"{name} {here!r} instead of {paper!r}" for name, (here, paper) in unlike.items())
+    here, paper = Settings(**task.settings), protocol.settings(TASKS[task.task])
+    changed = here.unlike(paper)
+    if here.samples != paper.samples:
+        changed["samples"] = (here.samples, paper.samples)
+    return ", ".join(f"{name} {ours!r} instead of {theirs!r}" for name, (ours, theirs) in changed.items())
 
 
 # Text.
@@ -153,7 +157,8 @@ def notes(results: Results, model: str | None = None) -> list[str]:
         ]
         lines += [f"{task.task}: {reason}" for reason in task.refused.values()]
         if changed := _changed_settings(results, task):
-            lines.append(f"{task.task}: not the protocol's settings: {changed}")
+            name = results.protocol.get("base") or results.protocol["name"]
+            lines.append(f"{task.task}: not the settings of {name}: {changed}")
         for one in reported(results, task, model):
             here = _score_for(one.published, task)
             what = f"{task.task}: {one.published.metric} reported {one.published.value} ({one.published.source})"
@@ -168,10 +173,9 @@ def notes(results: Results, model: str | None = None) -> list[str]:
                 f"{task.task}: {100 * task.rates['truncated']:.0f} % of samples were cut by the budget of "
                 f"{task.settings['max_tokens']:,} tokens and count as wrong"
             )
-    chosen = dict.fromkeys(one for task in results.tasks for one in task.ours)
-    for one in chosen:
-        names = [task.task for task in results.tasks if one in task.ours]
-        lines.append(f"our choice, where the paper is silent ({', '.join(names)}): {one}")
+    for choice in dict.fromkeys(one for task in results.tasks for one in task.ours):
+        names = [task.task for task in results.tasks if choice in task.ours]
+        lines.append(f"our choice, where the paper is silent ({', '.join(names)}): {choice}")
     return lines
 
 

@@ -15,7 +15,7 @@ from eval.multiple_choice import grade_choice
 from eval.sample import Graded
 from eval.thinking import Thought, split_thought
 
-Completions = Sequence[str] | Sequence[Sequence[dict[str, Any]]]
+Completions = Sequence[str | Sequence[dict[str, Any]]]
 LogExtra = Callable[[str, list[Any]], None]
 
 

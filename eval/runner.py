@@ -40,7 +40,6 @@ from eval.sample import Completion, Graded, Sample, Verdict
 from eval.samplers import Message, Request, Sampler
 from eval.store import Store, Stored, key
 from eval.thinking import OPEN, complete_part, split_thought
-from eval.yaml_files import nearest
 
 STORE = "samples.sqlite"
 LIKELIHOOD_GRADER = "likelihood/1"
@@ -194,11 +193,9 @@ def find_benchmarks(tasks: Sequence[str | Benchmark]) -> list[Benchmark]:
 
 
 def _by_name(name: str) -> Benchmark:
-    from eval.tasks import TASKS  # every benchmark's file, which those who bring their own do without
+    from eval.tasks import get_task  # every benchmark's file, which those who bring their own do without
 
-    if name not in TASKS:
-        raise ValueError(f"the task {name!r} is unknown.{nearest(name, TASKS)} Known: {', '.join(TASKS)}")
-    return TASKS[name]
+    return get_task(name)
 
 
 def _check_settings(benchmark: Benchmark, settings: Settings, pass_at: Sequence[int]) -> None:
@@ -212,10 +209,15 @@ def _check_settings(benchmark: Benchmark, settings: Settings, pass_at: Sequence[
         raise ValueError(
             f"{benchmark.name}: chain={settings.chain!r} is none of its own: {', '.join(benchmark.chains)}"
         )
-    if settings.samples > 1 and settings.temperature == 0 and settings.permutation == "published":
+    same = "at temperature 0" if settings.temperature == 0 else "by log-likelihood"
+    if (
+        settings.samples > 1
+        and settings.permutation == "published"
+        and (settings.temperature == 0 or settings.mode == "loglikelihood")
+    ):
         raise ValueError(
-            f"{benchmark.name}: k={settings.samples} samples at temperature 0 would be one sample {settings.samples} "
-            "times; set a temperature, or k=1"
+            f"{benchmark.name}: k={settings.samples} samples {same} would be one sample {settings.samples} times; "
+            + ("set a temperature, or k=1" if settings.mode != "loglikelihood" else "set k=1")
         )
 
 
@@ -371,7 +373,8 @@ def _judge(
 ) -> tuple[Graded, str]:
     """The verdict, and the state of the thought ("" where nothing was generated)."""
     if completion.finish_reason == "failed":
-        return Graded("failed", None, f"no completion: {completion.error}", benchmark.grader), ""
+        said = _without_quotes(completion.error or "") if benchmark.confidential else completion.error
+        return Graded("failed", None, f"no completion: {said}", benchmark.grader), ""
     if settings.mode == "loglikelihood":
         return _likeliest(sample, completion), ""
     thought = split_thought(
@@ -384,12 +387,16 @@ def _judge(
     try:
         graded = benchmark.grade(sample, answer, settings.chain)
     except Exception as error:  # whatever a grader does, it is one sample's verdict and not the end of the run
-        return Graded(
-            "failed", None, f"the grader failed: {type(error).__name__}: {error}", benchmark.grader
-        ), thought.state
+        said = type(error).__name__ if benchmark.confidential else f"{type(error).__name__}: {error}"
+        return Graded("failed", None, f"the grader failed: {said}", benchmark.grader), thought.state
     if cut and graded.verdict == "no_answer":
         graded = Graded("truncated", None, "the answer was cut by the budget", graded.grader)
     return graded, thought.state
+
+
+def _without_quotes(error: str) -> str:
+    """Our own words on a failure, without the server's after the first `: `: many repeat the request they refuse."""
+    return error.partition(": ")[0]
 
 
 def _likeliest(sample: Sample, completion: Completion) -> Graded:

@@ -109,6 +109,13 @@ def test_a_dishonest_endpoint_is_refused_and_may_be_taken_all_the_same(data, tmp
         assert run(*arguments, "--skip-preflight") == 0
 
 
+def test_a_dead_endpoint_is_said_at_once(data, tmp_path, capsys):
+    began = time.perf_counter()
+    assert run("stub", data, tmp_path / "out", "--base-url", "http://127.0.0.1:9/v1") == 1
+    assert "127.0.0.1:9/v1/models cannot be reached" in capsys.readouterr().err
+    assert time.perf_counter() - began < 10
+
+
 def test_failed_completions_give_a_status_of_their_own_and_are_asked_again(data, tmp_path, capsys):
     directive = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     with StubServer() as server:
@@ -133,7 +140,6 @@ def test_failed_completions_give_a_status_of_their_own_and_are_asked_again(data,
         (["--limit", "0"], "limit=0"),
         (["--model", "no/such-model"], "no/such-model"),
         (["--base-url", "localhost:1"], "base_url='localhost:1' is no address"),
-        (["--base-url", "http://127.0.0.1:9/v1"], "127.0.0.1:9"),
         (["--max-tokens", "100000"], "100000"),
         (["--temperature", "-1"], "temperature=-1"),
     ],

@@ -97,6 +97,11 @@ def test_settings_that_measure_the_same_differ_in_samples_only():
     assert set(paper.unlike(CHAT.settings(TASKS["math500"]))) >= {"temperature", "max_tokens", "open_thought"}
 
 
+def test_a_budget_measures_nothing_where_nothing_is_generated():
+    assert BASE.settings(TASKS["mmlu"], max_tokens=20).unlike(BASE.settings(TASKS["mmlu"])) == {}
+    assert BASE.settings(TASKS["gsm8k"], max_tokens=20).unlike(BASE.settings(TASKS["gsm8k"])) != {}
+
+
 def test_ones_own_starts_from_a_published_one():
     mine = protocol_from_yaml(
         "name: short\nbase: deepseek-r1\ndefaults: {max_tokens: 2048, samples: 2}\ntasks: {aime24: {samples: 8}}"
@@ -106,6 +111,7 @@ def test_ones_own_starts_from_a_published_one():
     assert mine.settings(TASKS["math500"]).samples == 2
     assert mine.settings(TASKS["math500"]).unlike(R1.settings(TASKS["math500"])) == {"max_tokens": (2048, 32768)}
     assert mine.source == "a file, from deepseek-r1"
+    assert mine.choices_of_ours("gsm8k") == R1.choices_of_ours("gsm8k")
 
 
 def test_ones_own_may_stand_alone(tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 
 import pytest
 
+from eval.protocols import protocol_from_yaml
 from eval.report import markdown, page, reported, score_rows, shown_samples, text, text_table, write_report
 from eval.results import read_results
 from eval.runner import evaluate
@@ -26,8 +27,8 @@ class Answers:
 
     context_length = None
 
-    def __init__(self, name=STUDENT, fails=False):
-        self.identity, self.fails = {"model": name}, fails
+    def __init__(self, name=STUDENT, fails=False, error="503 after 8 attempts"):
+        self.identity, self.fails, self.error = {"model": name}, fails, error
 
     def render(self, messages, *, open_thought):
         return messages[-1]["content"] + "<think>\n"
@@ -40,7 +41,7 @@ class Answers:
             sample, x = request.tag.sample, fraction(request.seed)
             thought = f"The question was: {sample.question} {HOSTILE}"
             if x < 0.1 and self.fails:
-                yield request, Completion(finish_reason="failed", error="503 after 8 attempts")
+                yield request, Completion(finish_reason="failed", error=self.error.format(prompt=request.prompt))
             elif x < 0.2:
                 yield request, Completion(thought, finish_reason="length", completion_tokens=32768)
             else:
@@ -136,8 +137,18 @@ def test_cons_is_compared_at_its_own_k_only(tmp_path):
 
 def test_settings_that_an_option_changed_are_said(tmp_path):
     results = run(tmp_path / "out", {"aime24": aime()}, overrides={"temperature": 1.0}, sampler=Answers("my/model"))
-    assert "aime24: not the protocol's settings: temperature 1.0 instead of 0.6" in text(results)
-    assert "not the protocol's" not in text(run(tmp_path / "out2", {"aime24": aime()}))
+    assert "aime24: not the settings of deepseek-r1: temperature 1.0 instead of 0.6" in text(results)
+    assert "not the settings" not in text(run(tmp_path / "out2", {"aime24": aime()}))
+
+
+def test_settings_that_ones_own_protocol_changed_are_said(tmp_path):
+    mine = protocol_from_yaml("name: short\nbase: deepseek-r1\ntasks: {aime24: {max_tokens: 2048, samples: 16}}")
+    said = text(run(tmp_path / "out", {"aime24": aime()}, protocol=mine))
+    assert (
+        "- aime24: not the settings of deepseek-r1: max_tokens 2048 instead of 32768, samples 16 instead of 64" in said
+    )
+    assert "28.9, not compared" in said
+    assert "our default chain, since the paper names none" in said  # what the base leaves open is still open
 
 
 def test_another_name_finds_its_published_scores(results):
@@ -162,7 +173,10 @@ SECRETS = ("zorblax", "flumph", "quivers")
 
 def test_confidential_texts_stand_nowhere_in_plain_text(tmp_path, capfd):
     out = tmp_path / "out"
-    run(out, {"gpqa_diamond": gpqa()})
+    # FastAPI's words on a request that it refuses repeat it.
+    echo = Answers(fails=True, error="http://host/v1/completions answered 422: {prompt}")
+    results = run(out, {"gpqa_diamond": gpqa()}, sampler=echo)
+    assert results.verdicts["failed"] > 0
     print(text(write_report(out)))
     files = [path for path in out.iterdir() if path.is_file()]
     assert {"report.html", "report.md", "results.json", "graded.jsonl", "samples.sqlite"} <= {one.name for one in files}
@@ -170,6 +184,7 @@ def test_confidential_texts_stand_nowhere_in_plain_text(tmp_path, capfd):
         for secret in SECRETS:
             assert secret.encode() not in path.read_bytes(), f"{secret} in {path.name}"
     printed = capfd.readouterr()
+    assert "no completion: http://host/v1/completions answered 422\n" in printed.out
     assert not any(secret in printed.out + printed.err for secret in SECRETS)
     write_report(out, show_questions=True)
     assert "zorblax" in (out / "report.html").read_text()

@@ -332,6 +332,10 @@ def test_seeds_are_their_own_for_every_sample() -> None:
         (dict(k=2, pass_at=[4]), "pass@4 needs k=4"),
         (dict(pass_at=[0]), "pass@0"),
         (dict(k=4, overrides={"temperature": 0.0}), "at temperature 0 would be one sample"),
+        (
+            dict(tasks=[COLOURS], k=4, protocol=protocol(mode="loglikelihood", max_tokens=0)),
+            "by log-likelihood would be",
+        ),
         (dict(k=0), "samples"),
         (dict(overrides={"temprature": 0.5}), "temprature is unknown. Did you mean 'temperature'"),
         (dict(overrides={"template": "boxed"}), "template='boxed' is none of"),
