@@ -197,14 +197,18 @@ def test_the_chat_template_must_be_asked_for():
         run(ours, task)
 
 
-def test_the_thought_is_opened_and_a_cut_one_is_truncated():
-    """Random text never closes the thought: all samples are truncated, none is graded."""
-    ours, _ = both(ends=0.0)
-    results = run(ours, lm_eval_task(SUMS, protocol(), items={"sums": sums(3)}), apply_chat_template=True)
-    assert results["results"]["sums"]["truncated,none"] == 1.0
-    assert results["results"]["sums"]["score,none"] == 0.0
-    context = results["samples"]["sums"][0]["arguments"][0][0]
-    assert context == "<s><|user|>0 + 1 = ?\n<|assistant|><think>\n"
+def test_the_thought_is_opened_and_one_that_is_not_closed_is_truncated():
+    """The prompt opened the thought and the text never closes it: truncated, though the right answer stands in it."""
+    from eval.endpoint_sampler import EndpointSampler
+
+    for closing, truncated in (("", 1.0), ("</think>", 0.0)):
+        with StubServer(answer=lambda prompt, noise, closing=closing: f"so {closing}{{1}}") as server:
+            model = SamplerLM(EndpointSampler(server.url, "stub", tokenizer=tiny_tokenizer()))
+            results = run(model, lm_eval_task(SUMS, protocol(), items={"sums": sums(1)}), apply_chat_template=True)
+        assert results["results"]["sums"]["truncated,none"] == truncated
+        assert results["results"]["sums"]["score,none"] == 1 - truncated
+        context = results["samples"]["sums"][0]["arguments"][0][0]
+        assert context == "<s><|user|>0 + 1 = ?\n<|assistant|><think>\n"
 
 
 @needs_data("gsm8k/test.jsonl", "mmlu/mmlu.zip")
