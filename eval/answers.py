@@ -312,7 +312,7 @@ def grade_final(
     answer = extract_math(answer_text)
     if answer is None:
         return Graded("no_answer", detail="no answer was found", grader=MATH_GRADER)
-    return equivalent(answer, gold, time_limit=time_limit, memory_limit=memory_limit)
+    return equivalent(answer, _published(gold), time_limit=time_limit, memory_limit=memory_limit)
 
 
 def equivalent(answer: str, gold: str, *, time_limit: float = TIME_LIMIT, memory_limit: int = MEMORY_LIMIT) -> Graded:

@@ -545,3 +545,12 @@ def test_importing_the_grader_is_light():
 def test_reading_never_raises():
     for text in ("", "(", ")", "\\", "{", "}", "\\frac", "\\frac{1}", "^", "_", "1^", "\\sqrt", "\\begin{pmatrix}", "&", "|", "1..2", "\ud800"):  # noqa: E501  # fmt: skip
         read(text)
+
+
+@pytest.mark.parametrize(
+    "gold",
+    ["# 18", "#### 18", "9 * 2 = <<9*2=18>>18 eggs.\n#### 18", r"So 9 + 9 = \boxed{18}.", r"\boxed{18}", "$18$", " 18 "],
+)
+def test_a_gold_may_be_the_whole_published_solution(gold):
+    assert grade_math(r"so \boxed{18}", gold).verdict == "correct"
+    assert grade_math(r"so \boxed{9}", gold).verdict == "wrong"
