@@ -315,6 +315,13 @@ def grade_final(
     return equivalent(answer, _published(gold), time_limit=time_limit, memory_limit=memory_limit)
 
 
+def _published(gold: str) -> str:
+    """The answer in a gold text: some sets publish the whole solution, with the answer behind "####" or in a box."""
+    if "#" in gold:
+        return gold.rpartition("#")[2].strip()
+    return (extract_math(gold) or gold) if "\\boxed" in gold else gold
+
+
 def equivalent(answer: str, gold: str, *, time_limit: float = TIME_LIMIT, memory_limit: int = MEMORY_LIMIT) -> Graded:
     """Whether an extracted answer means what the gold means.
 

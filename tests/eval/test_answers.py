@@ -549,7 +549,7 @@ def test_reading_never_raises():
 
 @pytest.mark.parametrize(
     "gold",
-    ["# 18", "#### 18", "9 * 2 = <<9*2=18>>18 eggs.\n#### 18", r"So 9 + 9 = \boxed{18}.", r"\boxed{18}", "$18$", " 18 "],
+    ["# 18", "#### 18", "9 * 2 = <<9*2=18>>18.\n#### 18", r"So 9 + 9 = \boxed{18}.", r"\boxed{18}", "$18$", " 18 "],
 )
 def test_a_gold_may_be_the_whole_published_solution(gold):
     assert grade_math(r"so \boxed{18}", gold).verdict == "correct"
