@@ -18,7 +18,7 @@ from typing import Any
 EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 3, 130
 
 # Without these the samples are not the protocol's; a seed or `n` that is ignored costs reproducibility only.
-REQUIRED_OF_ENDPOINTS = ("requests", "temperature", "max_tokens", "stop")
+REQUIRED_OF_ENDPOINTS = ("temperature", "max_tokens", "stop")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,8 +176,7 @@ def _run(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     # Tasks, protocol and files before the model: loading it may take minutes.
     plan = plan_run(tasks, arguments.protocol, **options)
-    items = {task.benchmark.name: task.samples for task in plan.tasks}
-    print(f"{sum(map(len, items.values())):,} questions, {plan.samples:,} samples", file=sys.stderr)
+    print(f"{sum(len(task.samples) for task in plan.tasks):,} questions, {plan.samples:,} samples", file=sys.stderr)
     arguments.out.mkdir(parents=True, exist_ok=True)
     sampler = _endpoint_sampler(arguments, plan) if arguments.base_url else _local_sampler(arguments)
     results = evaluate(sampler, tasks, plan.protocol, arguments.out, **options, progress=Display())
@@ -227,6 +226,12 @@ def _endpoint_sampler(arguments: argparse.Namespace, plan: Any) -> Any:
     (arguments.out / "preflight.json").write_text(
         json.dumps([dataclasses.asdict(one) for one in found.findings], indent=1), encoding="utf-8"
     )
+    if refused := [
+        f"{one.endpoint} refuses the first request: {one.detail}"
+        for one in found.findings
+        if one.parameter == "requests"
+    ]:
+        raise ValueError("; ".join(refused))
     if broken := [one for one in found.ignored if one.parameter in REQUIRED_OF_ENDPOINTS]:
         raise ValueError(
             f"{', '.join(sorted({one.endpoint for one in broken}))} does not honour "

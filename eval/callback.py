@@ -88,17 +88,13 @@ class EvaluationCallback(TrainerCallback):
     def evaluate(self, model: torch.nn.Module, out: Path) -> Results:
         """One evaluation, outside of training too. The model comes back as it was."""
         model = getattr(model, "module", model)  # DDP
-        config: Any = model.config
         was_training = model.training
-        had_cache = config.use_cache
         out.mkdir(parents=True, exist_ok=True)
         try:
             model.eval()
-            config.use_cache = True  # trainers switch it off for activation checkpointing
             sampler = TransformersSampler(_plain(model), self.tokenizer, batch_size=self.batch_size)
             return evaluate(sampler, self.tasks, self.protocol, out, **self.options)
         finally:
-            config.use_cache = had_cache
             model.train(was_training)
 
 

@@ -117,7 +117,7 @@ def simple_evals_permutations(n_items: int, n_repeats: int = 4, n_choices: int =
 
     One `random.Random(0)` runs over all items of the first repeat, then of the second, and so on: the order of an item
     depends on the number of items, so this holds only for the whole set in the order of its file, the correct answer
-    in position 0 (as `gpqa.to_sample` has it published).
+    in position 0 (as `gpqa.published` has it).
     """
     generator = random.Random(0)
     return [[tuple(generator.sample(range(n_choices), n_choices)) for _ in range(n_items)] for _ in range(n_repeats)]

@@ -116,6 +116,17 @@ def test_a_dead_endpoint_is_said_at_once(data, tmp_path, capsys):
     assert time.perf_counter() - began < 10
 
 
+def test_a_wrong_key_is_said_before_anything_is_asked(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
+    with StubServer(api_key="sk-right") as server:
+        assert run(server.model, data, tmp_path / "out", "--base-url", server.url) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "refuses the first request" in error
+    assert "answered 401" in error
+    assert "--skip-preflight" not in error  # it would not help
+    assert "sk-wrong" not in error
+
+
 def test_failed_completions_give_a_status_of_their_own_and_are_asked_again(data, tmp_path, capsys):
     directive = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     with StubServer() as server:

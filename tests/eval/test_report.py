@@ -186,6 +186,7 @@ def test_confidential_texts_stand_nowhere_in_plain_text(tmp_path, capfd):
     printed = capfd.readouterr()
     assert "no completion: http://host/v1/completions answered 422\n" in printed.out
     assert not any(secret in printed.out + printed.err for secret in SECRETS)
+    assert {(one["gold"], one["detail"], one["response"]) for one in shown_samples(out, results)} == {(None, "", None)}
     write_report(out, show_questions=True)
     assert "zorblax" in (out / "report.html").read_text()
 
