@@ -1,56 +1,55 @@
-"""How many verdicts a second the grader gives on real outputs: `PYTHONPATH=. python tests/benchmarks/grading.py`.
+"""Rows of the benchmark table: verdicts a second on real outputs, each text read once, nothing cached from before.
 
-The texts are ZeroEval's outputs and MATH-500's solutions, each read once, nothing cached from before. The last line is
-the worst mix: only pairs that the exact path hands to a worker.
+The texts are ZeroEval's outputs and MATH-500's solutions, where the benchmark files are at hand. The last row is the
+worst mix: only pairs that the exact path hands to a worker.
 """
 
 import gzip
 import json
-import os
 import time
-from collections import Counter
+from collections.abc import Iterator
+
+from rows import Row
 
 from eval.answers import equivalent, grade_math_many
 from eval.exact import read
 from tests.eval.data import DATA
 
 
-def rows(file: str) -> list[dict]:
+def lines(file: str) -> list[dict]:
     opened = gzip.open if file.endswith(".gz") else open
-    with opened(DATA / file, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    with opened(DATA / file, "rt", encoding="utf-8") as found:
+        return [json.loads(line) for line in found]
 
 
-def measure(name: str, pairs: list[tuple[str, str]]) -> None:
+def row(name: str, pairs: list[tuple[str, str]], goal: str) -> Row:
     read.cache_clear()
     start = time.perf_counter()
     graded = grade_math_many(pairs)
     seconds = time.perf_counter() - start
-    counts = dict(Counter(one.verdict for one in graded))
     in_workers = sum(one.detail not in ("exact", "no answer was found") for one in graded)
-    print(f"{name:32} {len(pairs):6} {len(pairs) / seconds:8.0f} {in_workers:10}  {counts}", flush=True)
+    name = f"grading, {len(pairs):,} {name}, {in_workers:,} by sympy"
+    return Row(name, f"{len(pairs) / seconds:,.0f} /s", "", "", goal)
 
 
-def main() -> None:
+def grading(alternate) -> Iterator[Row]:
     equivalent(r"\cot x", r"\tan x")  # the workers are started once
-    print(f"{os.cpu_count()} cores\n{'texts':32} {'number':>6} {'a second':>8} {'in workers':>10}  verdicts")
+    if not (DATA / "graded").is_dir():
+        yield Row(f"grading: no benchmark files in {DATA}", "", "", "", "")
+        return
     mixed = []
     for run in ("gsm_gemma-2-2b-it", "math-l5_gemma-2-2b-it", "math-l5_Qwen2.5-7B-Instruct"):
-        pairs = [(row["output"][0], row["answer"].lstrip("# ")) for row in rows(f"graded/zeroeval/{run}.jsonl.gz")]
-        measure(f"ZeroEval {run}", pairs)
-        mixed += pairs
-    problems = rows("math500/test.jsonl")
-    solutions = [(row["solution"], row["answer"]) for row in problems]
-    golds = [row["answer"] for row in problems]
-    shifted = [(rf"\boxed{{{a}}}", b) for a, b in zip(golds, golds[1:] + golds[:1], strict=True)]
-    measure("MATH-500 published solutions", solutions)
-    measure("MATH-500 the next gold", shifted)
-    measure("all of these", mixed + solutions + shifted)
+        outputs = lines(f"graded/zeroeval/{run}.jsonl.gz")
+        mixed += [(one["output"][0], one["answer"].lstrip("# ")) for one in outputs]
+    problems = lines("math500/test.jsonl")
+    golds = [one["answer"] for one in problems]
+    mixed += [(one["solution"], one["answer"]) for one in problems]
+    mixed += [(rf"\boxed{{{a}}}", b) for a, b in zip(golds, golds[1:] + golds[:1], strict=True)]
+    yield row("real outputs", mixed, ">= 500 /s")
     opaque = [
         (rf"\boxed{{\sin({k}x)+\sqrt[3]{{{k}}}}}", rf"\sqrt[3]{{{k + k % 2}}}+\sin({k} x)") for k in range(1, 400)
     ]
-    measure("sympy for every pair", opaque)
+    yield row("pairs of formulas", opaque, "")
 
 
-if __name__ == "__main__":
-    main()
+ROWS = {"grading": grading}
