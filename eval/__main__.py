@@ -17,9 +17,6 @@ from typing import Any
 
 EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 3, 130
 
-# Without these the samples are not the protocol's; a seed or `n` that is ignored costs reproducibility only.
-REQUIRED_OF_ENDPOINTS = ("temperature", "max_tokens", "stop")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script; returns the exit status."""
@@ -84,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     local.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16, float16")
     local.add_argument("--device-map", help="auto, cpu, cuda:0, ...; default: the GPU where there is one")
     local.add_argument(
-        "--batch-size", type=int, default=16, help="samples at a time (default 16); changes no sample in float32"
+        "--batch-size", type=_positive, default=16, help="samples at a time (default 16); changes no sample in float32"
     )
     local.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
 
@@ -99,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         help="variable that holds the key (default OPENAI_API_KEY)",
     )
     served.add_argument(
-        "--concurrency", type=int, default=64, help="requests at a time over all endpoints (default 64)"
+        "--concurrency", type=_positive, default=64, help="requests at a time over all endpoints (default 64)"
     )
     served.add_argument(
         "--timeout", type=float, default=1800.0, help="seconds for one attempt, the whole answer (default 1800)"
@@ -109,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     served.add_argument(
         "--tokenizer", help="Hub id or folder: render chats here and send text, so that a thought can be opened"
+    )
+    served.add_argument(
+        "--extra-body",
+        type=_json_object,
+        metavar="JSON",
+        help="sent with every request; for vLLM, which else takes its own from the model's generation config: "
+        '{"top_k": -1, "repetition_penalty": 1.0}',
     )
     served.add_argument(
         "--skip-preflight", action="store_true", help="do not ask whether the endpoint honours the sampling parameters"
@@ -143,6 +147,22 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(command=_list)
     listing.add_argument("what", nargs="?", choices=("tasks", "protocols", "scores"), default="tasks")
     return parser
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object, such as {{"top_k": -1}}')
+    return value
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -214,6 +234,7 @@ def _endpoint_sampler(arguments: argparse.Namespace, plan: Any) -> Any:
         concurrency=arguments.concurrency,
         timeout=arguments.timeout,
         retries=arguments.retries,
+        extra_body=arguments.extra_body,
         revision=arguments.revision,
         tokenizer=arguments.tokenizer,
         context_length=arguments.context_length,
@@ -232,7 +253,11 @@ def _endpoint_sampler(arguments: argparse.Namespace, plan: Any) -> Any:
         if one.parameter == "requests"
     ]:
         raise ValueError("; ".join(refused))
-    if broken := [one for one in found.ignored if one.parameter in REQUIRED_OF_ENDPOINTS]:
+    # A seed or `n` that is ignored costs reproducibility only; without these the samples are not the protocol's.
+    needed = {"temperature", "max_tokens"}
+    if any(task.settings.mode == "completion" and task.benchmark.stop for task in plan.tasks):
+        needed.add("stop")
+    if broken := [one for one in found.ignored if one.parameter in needed]:
         raise ValueError(
             f"{', '.join(sorted({one.endpoint for one in broken}))} does not honour "
             f"{', '.join(sorted({one.parameter for one in broken}))}: the samples would not be the protocol's. Mend "

@@ -36,6 +36,7 @@ STOPPED = frozenset({"stop", "eos", "eos_token", "stop_sequence", "end_turn"})
 BROKEN_OFF = frozenset({"abort", "error", "insufficient_system_resource"})
 SEEDS = 2**53  # what JSON numbers hold everywhere
 FIRST_DELAY, LONGEST_DELAY, LONGEST_RETRY_AFTER = 0.5, 60.0, 600.0
+FIND_TIMEOUT = 15.0  # seconds for the list of models: a server that is up answers at once
 TEMPLATE_TOKENS = 512  # room for what a server's chat template adds, when a prompt's length is bounded by its bytes
 
 T = TypeVar("T")
@@ -138,9 +139,13 @@ class EndpointSampler:
         return tuple(_shown(endpoint.url) for endpoint in self._endpoints)
 
     def each(self) -> Iterator["EndpointSampler"]:
-        """A sampler of each endpoint alone, which asks as this one does."""
+        """A sampler of each endpoint alone, but for those that `check` could not reach; it asks as this one does, and
+        gives up sooner."""
         for endpoint in self._endpoints:
+            if endpoint.error:
+                continue
             alone = copy.copy(self)
+            alone.retries = min(self.retries, 2)
             alone._endpoints = [_Endpoint(endpoint.url)]
             yield alone
 
@@ -442,7 +447,10 @@ class EndpointSampler:
 
         async def one(endpoint: _Endpoint) -> None:
             try:
-                answer = await self._send(session, endpoint.url + "/models", None)
+                answer = await asyncio.wait_for(self._send(session, endpoint.url + "/models", None), FIND_TIMEOUT)
+            except TimeoutError:
+                self._leave_out(endpoint, f"{_shown(endpoint.url)} gave no answer within {FIND_TIMEOUT:g} s")
+                return
             except _Unreachable as error:
                 self._leave_out(endpoint, str(error))
                 return

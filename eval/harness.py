@@ -24,7 +24,7 @@ from tqdm import tqdm
 from eval.benchmark import Benchmark, exemplars
 from eval.multiple_choice import permuted
 from eval.protocols import Protocol
-from eval.runner import Data, _continuations, grade_completion, plan_run, sample_seed
+from eval.runner import Data, continuations, grade_completion, plan_run, sample_seed, without_quotes
 from eval.sample import Completion, Graded, Sample
 from eval.samplers import Message, Request, Sampler
 from eval.thinking import OPEN
@@ -78,7 +78,9 @@ class SamplerLM(LM):
             out[request.tag] = completion
         failed = [completion.error for completion in out.values() if completion.finish_reason == "failed"]
         if failed:
-            raise RuntimeError(f"{len(failed)} of {len(requests)} requests failed; the first one: {failed[0]}")
+            # Without the server's words: many repeat the request, which may be a confidential question.
+            first = without_quotes(failed[0] or "")
+            raise RuntimeError(f"{len(failed)} of {len(requests)} requests failed; the first one: {first}")
         return [out[place] for place in range(len(requests))]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -190,17 +192,26 @@ def lm_eval_task(
     overrides: Mapping[str, Any] | None = None,
     data: Data = None,
     items: Mapping[str, Sequence[Sample]] | None = None,
+    show_questions: bool = False,
 ) -> "BenchmarkTask":
     """One of our benchmarks as a task for `lm_eval.simple_evaluate(tasks=[...])`, asked by a protocol, offline if
-    `data` names the files. The arguments are those of `runner.evaluate`, which says what they raise."""
+    `data` names the files. The arguments are those of `runner.evaluate`, which says what they raise.
+
+    lm-eval keeps every prompt beside its results. A confidential benchmark (GPQA) therefore needs `show_questions`.
+    """
     plan = plan_run([task], protocol, k=k, limit=limit, overrides=overrides, data=data, items=items)
+    benchmark = plan.tasks[0].benchmark
+    if benchmark.confidential and not show_questions:
+        raise ValueError(
+            f"{benchmark.name} must not stand in plain text, and lm-eval keeps every prompt beside its results; use "
+            "`deepseek-eval run`, or pass show_questions=True and keep the results to yourself"
+        )
     return BenchmarkTask(plan.tasks[0])
 
 
 class BenchmarkTask(HarnessTask):
     """A benchmark with its settings. The metrics are `score` (the mean credit of the k samples, then of the items) and
-    the rates of the other verdicts. lm-eval keeps prompts in its log of samples: of a confidential benchmark, run with
-    `log_samples=False`."""
+    the rates of the other verdicts."""
 
     VERSION = 1
 
@@ -292,7 +303,7 @@ class BenchmarkTask(HarnessTask):
         sample, metadata = self.samples[doc["id"]], kwargs["metadata"]
         if self.OUTPUT_TYPE == "loglikelihood":
             prompt = ctx(sample)
-            choices = _continuations(prompt, len(sample.choices))
+            choices = continuations(prompt, len(sample.choices))
             pairs = [(prompt, choice) for choice in choices]
             return [Instance("loglikelihood", doc, pair, index, metadata) for index, pair in enumerate(pairs)]
         return [

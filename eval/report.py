@@ -295,6 +295,11 @@ def comparison_text(comparison: Comparison) -> str:
     lines = [f"a: {comparison.model_a.get('model', '?')}", f"b: {comparison.model_b.get('model', '?')}", ""]
     lines += [text_table(rows), "", "Differences in percentage points, on the same items. `detectable` is the"]
     lines += ["difference that such a comparison would find in 80 % of cases, at 5 % two-sided."]
+    lines += [
+        f"{task}: {a:,} completions of a and {b:,} of b failed and count as wrong; run again before comparing"
+        for task, (a, b) in comparison.unanswered.items()
+        if a or b
+    ]
     lines += [f"only in a: {', '.join(comparison.only_a)}"] if comparison.only_a else []
     lines += [f"only in b: {', '.join(comparison.only_b)}"] if comparison.only_b else []
     return "\n".join(lines)

@@ -68,7 +68,8 @@ class TaskResult:
     """One task. `score` is the mean over items of the mean credit of their samples: pass@1, or F1 for DROP.
 
     `verdicts` adds up to `samples`, which is `items` times `k`. What failed or was cut counts as credit 0, and is in
-    `rates`. `pass_at` holds the pass@k that were asked for, `refused` why one could not be given. `cons_at_k` is
+    `rates`. `pass_at` holds the pass@k that were asked for, over the samples that were obtained,
+    `refused` why one could not be given. `cons_at_k` is
     None where k is 1 or answers are free text. `dataset` says what was asked: `hash` (sha256 of all questions asked),
     `items`, and the source. `ours` are the settings that the protocol's source leaves open. `unanswered` counts the
     completions that failed, which the next run asks again; `failures` are the first of the verdicts `failed`, those of

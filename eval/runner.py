@@ -300,7 +300,7 @@ def asked(
                 if reorder or index == 0:
                     prompt = _prompt(task, shown, sampler)
                 if settings.mode == "loglikelihood":  # the seed says nothing, but keeps two equal questions apart
-                    request = Request(prompt, number, choices=_continuations(prompt, len(shown.choices)))
+                    request = Request(prompt, number, choices=continuations(prompt, len(shown.choices)))
                 else:
                     request = Request(
                         prompt, number, settings.max_tokens, settings.temperature, settings.top_p, tuple(stop)
@@ -321,7 +321,7 @@ def _prompt(task: Task, sample: Sample, sampler: Sampler) -> str | tuple[Message
     return sampler.render(messages, open_thought=settings.open_thought)
 
 
-def _continuations(prompt: str | tuple[Message, ...], n_choices: int) -> tuple[str, ...]:
+def continuations(prompt: str | tuple[Message, ...], n_choices: int) -> tuple[str, ...]:
     """` A`, ` B`, ... after a prompt that ends in a word or an ASCII colon; without the space where one stands already,
     or after Chinese, whose script writes none."""
     assert isinstance(prompt, str), "completions are asked with plain text"
@@ -373,7 +373,7 @@ def _judge(
 ) -> tuple[Graded, str]:
     """The verdict, and the state of the thought ("" where nothing was generated)."""
     if completion.finish_reason == "failed":
-        said = _without_quotes(completion.error or "") if benchmark.confidential else completion.error
+        said = without_quotes(completion.error or "") if benchmark.confidential else completion.error
         return Graded("failed", None, f"no completion: {said}", benchmark.grader), ""
     if settings.mode == "loglikelihood":
         return _likeliest(sample, completion), ""
@@ -394,7 +394,7 @@ def _judge(
     return graded, thought.state
 
 
-def _without_quotes(error: str) -> str:
+def without_quotes(error: str) -> str:
     """Our own words on a failure, without the server's after the first `: `: many repeat the request they refuse."""
     return error.partition(": ")[0]
 
@@ -636,13 +636,15 @@ def _judged_again(
 @dataclass(frozen=True)
 class Comparison:
     """Two runs on the same items, task by task: `differences[task]` is a minus b. `only_a` and `only_b` are the tasks
-    that the other run does not have."""
+    that the other run does not have. `unanswered[task]` counts the completions of a and of b that failed, which count
+    as wrong until they are asked again."""
 
     model_a: dict[str, Any]
     model_b: dict[str, Any]
     differences: dict[str, PairedDifference]
     only_a: list[str]
     only_b: list[str]
+    unanswered: dict[str, tuple[int, int]]
 
 
 def compare(out_a: str | Path, out_b: str | Path) -> Comparison:
@@ -664,6 +666,7 @@ def compare(out_a: str | Path, out_b: str | Path) -> Comparison:
         {name: paired_difference(scores_a[name], scores_b[name], clusters=clusters[name]) for name in shared},
         [name for name in names_a if name not in names_b],
         [name for name in names_b if name not in names_a],
+        {name: (a.task(name).unanswered, b.task(name).unanswered) for name in shared},
     )
 
 

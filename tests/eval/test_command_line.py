@@ -204,3 +204,36 @@ def test_a_reader_that_had_enough_is_no_error():
     )  # fmt: skip
     assert process.stderr == ""
     assert process.stdout.splitlines()[-1] == "0"
+
+
+def test_extra_body_reaches_the_server_and_the_identity(data, tmp_path):
+    with StubServer() as server:
+        options = ("--base-url", server.url, "--k", "1", "--skip-preflight", "--extra-body", '{"top_k": -1}')
+        assert run(server.model, data, tmp_path / "out", *options) == 0
+        assert all(body["top_k"] == -1 for body in server.bodies)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["model"]["extra_body"] == {"top_k": -1}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--extra-body", "top_k", "is no JSON object"), ("--batch-size", "0", "'0' is no number of at least 1")],
+)
+def test_an_option_that_cannot_be_read_is_a_usage_error(capsys, option, value, message):
+    with pytest.raises(SystemExit):
+        main(["run", option, value])
+    assert message in capsys.readouterr().err
+
+
+def test_stop_is_asked_of_an_endpoint_only_where_a_task_stops(data, tmp_path, capsys):
+    with StubServer(ignores=("stop",)) as server:
+        assert run(server.model, data, tmp_path / "a", "--base-url", server.url, "--k", "1") == 0
+        assert run(server.model, data, tmp_path / "b", "--base-url", server.url, protocol="deepseek-v3-base") == 1
+    assert "does not honour stop" in capsys.readouterr().err
+
+
+def test_one_dead_endpoint_of_two_is_left_out_at_once(data, tmp_path, capsys):
+    began = time.perf_counter()
+    with StubServer() as server:
+        urls = ("--base-url", server.url, "--base-url", "http://127.0.0.1:9/v1")
+        assert run(server.model, data, tmp_path / "out", *urls, "--k", "1") == 0
+    assert time.perf_counter() - began < 20
