@@ -6,12 +6,13 @@ authors' server.
 
 # ruff: noqa: RUF001  # Chinese punctuation
 
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from eval.benchmark import Benchmark, Row, Source
-from eval.multiple_choice import CHAINS, CHOICE_GRADER, grade_choice, render_choices
+from eval.multiple_choice import CHAINS, CHOICE_GRADER, grade_sample, render_choices
 from eval.prompts import few_shot_choice, simple_evals_choice, without_examples
-from eval.sample import Graded, Sample
+from eval.sample import Sample
 
 SUBJECTS = {
     "accountant": "注册会计师",
@@ -78,16 +79,7 @@ VAL = Source(
     rows=1346,
     requires=("question", "A", "B", "C", "D"),
 )
-DEV = Source(
-    hub=VAL.hub,
-    config=VAL.config,
-    split="dev",
-    file=VAL.file,
-    members="dev/*.csv",
-    sha256=VAL.sha256,
-    rows=260,
-    requires=VAL.requires,
-)
+DEV = replace(VAL, split="dev", members="dev/*.csv", rows=260)
 
 
 def to_sample(row: Row, index: int) -> Sample:
@@ -104,10 +96,6 @@ def to_sample(row: Row, index: int) -> Sample:
         gold=row["answer"],
         group=subject,
     )
-
-
-def grade(sample: Sample, answer: str, chain: str) -> Graded:
-    return grade_choice(answer, sample.gold, len(sample.choices), chain)
 
 
 def subject_name(sample: Sample) -> str:
@@ -141,7 +129,7 @@ CEVAL = Benchmark(
             subject=subject_name,
         ),
     },
-    grade=grade,
+    grade=grade_sample,
     grader=CHOICE_GRADER,
     chains=tuple(CHAINS),
     exemplars=DEV,

@@ -2,12 +2,13 @@
 
 # ruff: noqa: RUF001  # Chinese punctuation
 
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from eval.benchmark import Benchmark, Row, Source
-from eval.multiple_choice import CHAINS, CHOICE_GRADER, grade_choice, render_choices
+from eval.multiple_choice import CHAINS, CHOICE_GRADER, grade_sample, render_choices
 from eval.prompts import few_shot_choice, simple_evals_choice, without_examples
-from eval.sample import Graded, Sample
+from eval.sample import Sample
 
 SUBJECTS = {
     "agronomy": "农学",
@@ -89,16 +90,7 @@ TEST = Source(
     rows=11582,
     requires=("Question", "A", "B", "C", "D", "Answer"),
 )
-DEV = Source(
-    hub=TEST.hub,
-    config=TEST.config,
-    split="dev",
-    file=TEST.file,
-    members="dev/*.csv",
-    sha256=TEST.sha256,
-    rows=335,
-    requires=TEST.requires,
-)
+DEV = replace(TEST, split="dev", members="dev/*.csv", rows=335)
 
 
 def to_sample(row: Row, index: int) -> Sample:
@@ -111,10 +103,6 @@ def to_sample(row: Row, index: int) -> Sample:
         gold=row["Answer"],
         group=subject,
     )
-
-
-def grade(sample: Sample, answer: str, chain: str) -> Graded:
-    return grade_choice(answer, sample.gold, len(sample.choices), chain)
 
 
 def subject_name(sample: Sample) -> str:
@@ -149,7 +137,7 @@ CMMLU = Benchmark(
             subject=subject_name,
         ),
     },
-    grade=grade,
+    grade=grade_sample,
     grader=CHOICE_GRADER,
     chains=tuple(CHAINS),
     exemplars=DEV,

@@ -8,9 +8,9 @@ holds ids and letters only. The rows give the correct answer first, so its order
 """
 
 from eval.benchmark import Benchmark, Row, Source
-from eval.multiple_choice import CHAINS, CHOICE_GRADER, grade_choice, permuted
+from eval.multiple_choice import CHAINS, CHOICE_GRADER, grade_sample, permuted
 from eval.prompts import simple_evals_choice, without_examples
-from eval.sample import Graded, Sample
+from eval.sample import Sample
 
 REVISION = "633f5ee89ab8ad4522a9f850766b73f62147ffdd"
 ANSWERS = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
@@ -49,10 +49,6 @@ def diamond_sample(row: Row, index: int) -> Sample:
     return permuted(published(row, index, "gpqa_diamond"), seed=0)
 
 
-def grade(sample: Sample, answer: str, chain: str) -> Graded:
-    return grade_choice(answer, sample.gold, len(sample.choices), chain)
-
-
 @without_examples
 def zero_shot(sample: Sample) -> str:
     return simple_evals_choice(sample, ())
@@ -70,7 +66,7 @@ GPQA_MAIN = Benchmark(
     kind="choice",
     to_sample=main_sample,
     prompts=PROMPTS,
-    grade=grade,
+    grade=grade_sample,
     grader=CHOICE_GRADER,
     chains=tuple(CHAINS),
     confidential=True,
@@ -85,7 +81,7 @@ GPQA_DIAMOND = Benchmark(
     kind="choice",
     to_sample=diamond_sample,
     prompts=PROMPTS,
-    grade=grade,
+    grade=grade_sample,
     grader=CHOICE_GRADER,
     chains=tuple(CHAINS),
     confidential=True,

@@ -3,12 +3,13 @@
 The authors' archive holds a CSV without header for each subject and split; on the Hub, one table has them all.
 """
 
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from eval.benchmark import Benchmark, Row, Source
-from eval.multiple_choice import CHAINS, CHOICE_GRADER, LETTERS, grade_choice
+from eval.multiple_choice import CHAINS, CHOICE_GRADER, LETTERS, grade_sample
 from eval.prompts import few_shot_choice, simple_evals_choice, without_examples
-from eval.sample import Graded, Sample
+from eval.sample import Sample
 
 TEST = Source(
     hub="cais/mmlu",
@@ -22,18 +23,7 @@ TEST = Source(
     rows=14042,
     requires=("question", "answer"),
 )
-DEV = Source(
-    hub=TEST.hub,
-    config="all",
-    split="dev",
-    revision=TEST.revision,
-    file=TEST.file,
-    members="dev/*.csv",
-    columns=TEST.columns,
-    sha256=TEST.sha256,
-    rows=285,
-    requires=TEST.requires,
-)
+DEV = replace(TEST, split="dev", members="dev/*.csv", rows=285)
 
 
 def to_sample(row: Row, index: int) -> Sample:
@@ -50,10 +40,6 @@ def to_sample(row: Row, index: int) -> Sample:
         gold=gold,
         group=subject,
     )
-
-
-def grade(sample: Sample, answer: str, chain: str) -> Graded:
-    return grade_choice(answer, sample.gold, len(sample.choices), chain)
 
 
 def subject_name(sample: Sample) -> str:
@@ -85,7 +71,7 @@ MMLU = Benchmark(
             subject=subject_name,
         ),
     },
-    grade=grade,
+    grade=grade_sample,
     grader=CHOICE_GRADER,
     chains=tuple(CHAINS),
     exemplars=DEV,

@@ -7,9 +7,9 @@ authors' published outputs answered in 2024.
 from collections.abc import Sequence
 
 from eval.benchmark import Benchmark, Row, Source
-from eval.multiple_choice import CHAINS, CHOICE_GRADER, grade_choice, render_choices
+from eval.multiple_choice import CHAINS, CHOICE_GRADER, grade_sample, render_choices
 from eval.prompts import few_shot_choice, simple_evals_choice, without_examples
-from eval.sample import Graded, Sample
+from eval.sample import Sample
 
 TEST = Source(
     hub="TIGER-Lab/MMLU-Pro",
@@ -40,10 +40,6 @@ def to_sample(row: Row, index: int) -> Sample:
         group=row["category"],
         meta={"cot": row["cot_content"]} if row.get("cot_content") else {},
     )
-
-
-def grade(sample: Sample, answer: str, chain: str) -> Graded:
-    return grade_choice(answer, sample.gold, len(sample.choices), chain)
 
 
 INSTRUCTION = (
@@ -89,7 +85,7 @@ MMLU_PRO = Benchmark(
             subject=lambda sample: sample.group,
         ),
     },
-    grade=grade,
+    grade=grade_sample,
     grader=CHOICE_GRADER,
     chains=tuple(CHAINS),
     exemplars=VALIDATION,

@@ -65,6 +65,11 @@ def grade_choice(answer_text: str, gold: str, n_choices: int, chain: str = "defa
     return Graded("correct" if letter == gold else "wrong", letter, f"chain {chain}", CHOICE_GRADER)
 
 
+def grade_sample(sample: Sample, answer: str, chain: str) -> Graded:
+    """`grade_choice` as a benchmark of choices uses it."""
+    return grade_choice(answer, sample.gold, len(sample.choices), chain)
+
+
 def render_choices(choices: Sequence[str], style: str) -> str:
     """One line for each choice; `style` is the label of the first one, as in "A) ", "A. " or "(A) ".
 

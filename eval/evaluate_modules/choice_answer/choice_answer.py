@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from eval.metrics import score_interval
+from eval.evaluate_modules import accuracy
 from eval.multiple_choice import grade_choice
 from eval.sample import Graded
 from eval.thinking import split_thought
@@ -34,11 +34,4 @@ class ChoiceAnswer(evaluate.Metric):
             thought = split_thought(prediction)
             cut = thought.state == "truncated"
             graded.append(Graded("truncated") if cut else grade_choice(thought.answer, reference, n_choices, chain))
-        score = score_interval([one.credit for one in graded])
-        return {
-            "accuracy": score.value,
-            "low": score.interval[0],
-            "high": score.interval[1],
-            "verdicts": [one.verdict for one in graded],
-            "answers": [one.answer for one in graded],
-        }
+        return accuracy(graded)

@@ -2,9 +2,9 @@
 
 import datasets
 import evaluate
-from eval.answers import grade_math_many
 
-from eval.metrics import score_interval
+from eval.answers import grade_math_many
+from eval.evaluate_modules import accuracy
 
 DESCRIPTION = """The share of responses whose final answer equals the gold answer. The last complete box wins; a thought
 that was never closed is truncated and not graded; equality is mathematical (0.5 is \\frac12)."""
@@ -25,11 +25,4 @@ class MathAnswer(evaluate.Metric):
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict:
         graded = grade_math_many(list(zip(predictions, references, strict=True)))
-        score = score_interval([one.credit for one in graded])
-        return {
-            "accuracy": score.value,
-            "low": score.interval[0],
-            "high": score.interval[1],
-            "verdicts": [one.verdict for one in graded],
-            "answers": [one.answer for one in graded],
-        }
+        return accuracy(graded)
