@@ -2,8 +2,8 @@
 
 import datasets
 import evaluate
-from eval.answers import grade_math
 
+from eval.answers import grade_math
 from eval.metrics import cons_at_k
 
 DESCRIPTION = """The share of items whose most frequent answer is right. Equal answers (0.5, 1/2) are one class,

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import datasets
 import evaluate
-from eval.answers import grade_math_many
 
+from eval.answers import grade_math_many
 from eval.metrics import mean_pass_at_k
 
 DESCRIPTION = """The probability that one of k responses is right, 1 - C(n-c, k) / C(n, k) averaged over items."""
