@@ -1,7 +1,7 @@
 """Evaluation: from a benchmark's rows to a score with its interval.
 
     benchmark file (mmlu.py, gpqa.py, ...) -> Sample -> prompt, by a Protocol -> sampler -> Completion -> store
-    store -> thinking (thought | answer) -> grader -> Graded -> metrics -> report.json, report.md, report.html
+    store -> thinking (thought | answer) -> grader -> Graded -> metrics -> results.json, report.md, report.html
 
 `tasks.TASKS` is the table of benchmarks, `protocols.PROTOCOLS` that of the published ways to ask; `runner.evaluate` is
 the whole path, read from top to bottom. Nothing is imported here: grading needs neither torch nor a network.
