@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from eval.exact import Undecided, clean, same
 from eval.math_pool import KEPT, Failure, Timeout, pool
 from eval.sample import Graded
-from eval.thinking import split_thought
+from eval.thinking import before_next_question, split_thought
 
 MATH_GRADER = "math/1"
 TIME_LIMIT = 5.0  # seconds of wall time for one verdict
@@ -34,9 +34,10 @@ MAX_ANSWER = 10_000  # characters of an extracted answer that are graded
 def extract_math(text: str) -> str | None:
     r"""The final answer in a text without thought, as it is written there; None where there is none.
 
-    In this order:
-    1. The last complete box (`\boxed{}`, `\fbox{}`; an empty one does not count), or the last value of the key
-       "answer" in JSON, malformed JSON included: whichever stands later.
+    In this order, the text before a further "Question:", "Q:" or "Problem:" first, if an answer is stated there (1, 2):
+    1. The last complete box (`\boxed{}`, `\fbox{}`; an empty one does not count; several in a row, with "," or "and"
+       between them, are one answer), or the last value of the key "answer" in JSON, malformed JSON included: whichever
+       stands later.
     2. The last marker: "#### 5", "The answer is 5", "Final answer: 5", "A: 5" on a line of its own, 答案是 5. If what
        follows says that there is no answer ("Answer: don't know"), there is none.
     3. JSON that was begun and holds no "answer" was cut off or broken: there is none.
@@ -49,16 +50,10 @@ def extract_math(text: str) -> str | None:
     >>> extract_math("Answer: don't know") is None
     True
     """
-    boxed, box_end = _last_box(text)
-    value, value_end = _last_json_answer(text)
-    if boxed is not None and box_end > value_end:
-        return boxed
-    if value is not None:
-        inner = extract_math(value) if _MARKED.search(value[:1000]) else None
-        return inner or _candidate(value)
-    if boxed is not None:
-        return boxed
-    found = _last_marked(text)
+    first = before_next_question(text)
+    found = _stated(first) if len(first) < len(text) else _NOTHING
+    if found is _NOTHING:
+        found = _stated(text)
     if found is not _NOTHING:
         return found if isinstance(found, str) else None
     if _OPEN_JSON.match(text.lstrip()[:200]):
@@ -66,13 +61,47 @@ def extract_math(text: str) -> str | None:
     return _last_resort(text)
 
 
+def _stated(text: str) -> object:
+    """The answer in a box, in JSON or behind a marker; None where that says there is none; else _NOTHING."""
+    boxed, box_end = _last_boxes(text)
+    value, value_end = _last_json_answer(text)
+    if boxed is not None and box_end > value_end:
+        return boxed
+    if value is not None:
+        inner = extract_math(value) if _MARKED.search(value[:1000]) else None
+        return inner or _candidate(value)
+    return boxed if boxed is not None else _last_marked(text)
+
+
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*(\{)?")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE_BOX_END = re.compile(r"\$|\n|\\\)|\\\]|[.,;](?:\s|$)")
 
 
-def _last_box(text: str) -> tuple[str | None, int]:
-    """The content of the last complete box, and where it ends. Of nested boxes, the inner one.
+# Between two boxes of one answer: \boxed{3} and \boxed{4}; $x = \boxed{3}$, $x = \boxed{4}$.
+_NEXT_BOX = re.compile(
+    r"\}\s*(?:\$|\\\))?\s*(?:,?\s*(?:and|or|\\text\s*\{\s*(?:and|or)\s*\})|,)\s*(?:\$|\\\()?\s*"
+    r"(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?$"
+)
+
+
+def _last_boxes(text: str) -> tuple[str | None, int]:
+    """The content of the last complete box and of those before it in the same list, and where it ends."""
+    content, end, start = _last_box(text)
+    contents = [content]
+    for _ in range(20):
+        gap = _NEXT_BOX.search(text, max(0, start - 60), start) if start > 0 else None
+        if gap is None:
+            break
+        content, before_end, start = _last_box(text[: gap.start() + 1])
+        if content is None or before_end != gap.start() + 1:
+            break
+        contents.insert(0, content)
+    return (", ".join(dict.fromkeys(map(str, contents))) if len(contents) > 1 else contents[0]), end
+
+
+def _last_box(text: str) -> tuple[str | None, int, int]:
+    """The content of the last complete box, where it ends and where it begins. Of nested boxes, the inner one.
 
     Behind 2,000 boxes without content, only what stands before a closing brace is looked at, 2,000 more of them.
     """
@@ -95,18 +124,18 @@ def _last_box(text: str) -> tuple[str | None, int]:
                 if depth == 0:
                     content = text[match.end() : brace.start()].strip()
                     if content:
-                        return _without_braces(content), brace.end()
+                        return _without_braces(content), brace.end(), match.start()
                     break
         else:  # \boxed 5
             limit = max(match.end(), min(end, match.end() + 200))
             stop = _BARE_BOX_END.search(text, match.end(), limit)
             bare_end = stop.start() if stop else limit
             if content := text[match.end() : bare_end].strip():
-                return content, bare_end
+                return content, bare_end, match.start()
         # A box left open leaves open what it stands in: an earlier one can only be complete before it. So nothing is
         # read twice.
         end = match.start()
-    return None, -1
+    return None, -1, -1
 
 
 def _without_braces(text: str) -> str:
@@ -218,9 +247,14 @@ _SENTENCE_END = re.compile(
 )
 
 
+_ADVERBS = re.compile(
+    r"(?:(?:therefore|thus|hence|then|simply|just|indeed|clearly|actually|now|equal to)\b[,:]? ?){1,3}", re.IGNORECASE
+)
+
+
 def _after_marker(text: str) -> str:
     """The rest of the line, or of the next line that is not empty, without markup around it."""
-    text = text.lstrip(" \t\n*_:：`>").replace("\\boxed{}", "")
+    text = _ADVERBS.sub("", text.lstrip(" \t\n*_:：`>")).replace("\\boxed{}", "")
     if _MARKED.match(
         re.sub(r"^(?:(?:so|therefore|thus|the|final|correct),?\s+)*", "", text[:100], flags=re.IGNORECASE)
     ):
@@ -230,7 +264,7 @@ def _after_marker(text: str) -> str:
         inner = next(group for group in match.groups() if group is not None)
         rest = _SENTENCE_END.split(text[match.end() :], maxsplit=1)[0]
         # "$5$ and $7$", "$x = 1$, $x = 2$": the sentence goes on with more of it.
-        if re.match(r"\s*(?:,|and\b|or\b|\\?%|[-+*/^=<>]|\\)", rest) and "$" in rest:
+        if re.match(r"\s*(?:,|and\b|or\b|\\?%|[-+*/^=<>]|\\)", rest) and ("$" in rest or "\\(" in rest):
             return (text[: match.end()] + rest).strip()
         unit = re.match(r"\s*(\\?%|[a-zA-Z]+(?:\s+(?:per|of)\s+[a-zA-Z]+)?)\s*$", rest)
         return (inner + " " + unit[1]).strip() if unit and re.search(r"\d\s*$", inner) else inner.strip()
@@ -249,12 +283,15 @@ _HEDGED = re.compile(
 )
 
 
+_TWO_EQUATIONS = re.compile(r"=[^=]*(?:,|\b(?:and|or)\b)[^=]*=")
+
+
 def _candidate(text: str) -> str | None:
     """What was captured, or the one number in it if it is a sentence around a number ("She has 18 eggs left")."""
     text = text.strip().strip("*_`").strip()
     if len(text) > 2000:
         return text
-    if boxed := _last_box(text)[0]:
+    if boxed := _last_boxes(text)[0]:
         return boxed
     if not text or _NO_ANSWER.match(text.strip("\"' $")):
         return None
@@ -265,7 +302,7 @@ def _candidate(text: str) -> str | None:
         numbers = [match[0] for match in _ANY_NUMBER.finditer(text)]
         if len(numbers) == 1:
             return numbers[0].strip()
-    if "=" in text and _WORDS.search(text):
+    if "=" in text and _WORDS.search(text) and not _TWO_EQUATIONS.search(text):
         last = text.rpartition("=")[2].strip()
         if _RESULT.fullmatch(last):
             return last

@@ -112,7 +112,7 @@ _UNICODE = {
     "∈": r"\in ", "°": r"^\circ ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ",
     "φ": r"\phi ", "ω": r"\omega ", "≈": r"\approx ", "⟨": r"\langle ", "⟩": r"\rangle ", "，": ",", "、": ",",
     "（": "(", "）": ")", "；": ";", "。": ".", "％": "%", "€": r"\$", "£": r"\$", "¥": r"\$", "￥": r"\$",
-    "″": '"', "′": "'", "’": "'", "“": '"', "”": '"', "\u00a0": " ", "\u202f": " ",
+    "∅": r"\emptyset ", "″": '"', "′": "'", "’": "'", "“": '"', "”": '"', "\u00a0": " ", "\u202f": " ",
 }  # fmt: skip
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ", "0123456789-n", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
@@ -147,6 +147,9 @@ _FONTS = re.compile(
 _TEXT = re.compile(
     r"\\(?:text|mbox|hbox|textrm|textbf|textit|textnormal|texttt|mathrm|mathbf|operatorname|emph)\s*\{([^{}]*)\}"
 )
+_POWER_IN_TEXT = re.compile(  # \mathrm{cm^2}
+    r"\\(?:text|mbox|textrm|mathrm)\s*\{([A-Za-z ]{1,30}?)\s?\^\s?\{?([23])\}?\s?\}"
+)
 _DELIMITERS = (
     ("$$", "$$"),
     ("$", "$"),
@@ -157,15 +160,22 @@ _DELIMITERS = (
     ('"', '"'),
     ("*", "*"),
 )
+_DECORATION = re.compile(
+    r"\\(?:hspace|vspace|phantom|hphantom|color|textcolor)\*?\s*\{[^{}]*\}|\\underline(?=\s*\{)"
+    r"|(?<=\\\\)\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in|px)\s*\]"  # \\[4pt]
+    r"|(?<=\d)\s*\^\s*(?:\{\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}"  # 5^{\text{th}}
+    r"|\\text\s*\{\s*(?:st|nd|rd|th)\s*\})"
+    r"|(?<=\d)\\(?=_\s*[\d{])"  # 101\_2
+)
 _RENAMED = re.compile(
-    r"\\(dfrac|tfrac|cfrac|lbrace|rbrace|lbrack|rbrack|leq|geq|leqslant|geqslant|neq|infin|lt|gt|land|lor|degree|degrees|bigcup|lvert|rvert|mid|vert|euro|pounds)(?![a-zA-Z])"
+    r"\\(dfrac|tfrac|cfrac|lbrace|rbrace|lbrack|rbrack|leq|geq|leqslant|geqslant|neq|infin|lt|gt|land|lor|degree|degrees|bigcup|lvert|rvert|mid|vert|euro|pounds|varnothing)(?![a-zA-Z])"
 )
 _NEW_NAMES = {
     "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[",
     "rbrack": "]", "leq": r"\le ", "geq": r"\ge ", "leqslant": r"\le ", "geqslant": r"\ge ", "neq": r"\ne ",
     "infin": r"\infty ", "lt": "<", "gt": ">", "land": ",", "lor": ",", "degree": r"^\circ ", "degrees": r"^\circ ",
     "bigcup": r"\cup ", "lvert": "|", "rvert": "|", "mid": "|", "vert": "|", "euro": r"\$",
-    "pounds": r"\$",
+    "pounds": r"\$", "varnothing": r"\emptyset ",
 }  # fmt: skip
 
 
@@ -196,10 +206,12 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<!\\)\$", " ", text)
     text = _SIZES.sub("", text)
     text = _STYLES.sub(" ", text)
+    text = _DECORATION.sub("", text)
     text = _COMMA.sub(",", text)
     text = _THIN_SPACE.sub("", text)
     text = _SPACES.sub(" ", text)
     text = _RENAMED.sub(lambda m: _NEW_NAMES[m[1]], text)
+    text = _POWER_IN_TEXT.sub(r"\\text{\1}^\2", text)
     text = _FONTS.sub(r" \1 ", text)
     text = text.replace("**", "^").replace(r"\%", "%").replace(r"\#", "#")
     text = _ARRAY.sub(lambda m: r"\begin{pmatrix}" if m[1] else r"\end{pmatrix}", text)
@@ -273,7 +285,12 @@ _SHORT_NOUNS = frozenset(
     "pan pot tin fan map key ice oil tea ham bun fig nut cap bat owl ape elk eel rat age way bed lap row win fee tip "
     "bar pin pad log net set bit eye leg arm toe ear lip gum jam mat mug rug tub van zip pair yes no".split()
 )
+ANGLE = re.compile(r"(?<![A-Za-z])(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _TAIL_DEGREE = re.compile(r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*(?:[CF]|\\text\s*\{\s*[CF]\s*\})?\s*$")
+_TAIL_CHINESE = re.compile(  # measures, and counters; not 千, 万, 倍, which make another number of it
+    r"(?<=[\d}])\s?(?:(元|角|[千厘分毫]?米|公里|千?克|公斤|吨|(?:平方|立方)[千厘分]?米|毫?升|小时|分钟|秒|天|周|个月|年|岁)"
+    r"|[个只本人名支张条颗块页棵件辆次种套双台朵把根头位箱瓶])$"
+)
 _TAIL_TEXT = re.compile(_TEXT.pattern + r"\s*(?:\^\s*\{?\s*([23])\s*\}?)?\s*$")
 _TAIL_WORDS = re.compile(r"(?<=[\d}\)\]%])\s*-?\s*([A-Za-z][A-Za-z .'/-]*?)(?:\^\s*\{?\s*([23])\s*\}?)?$")
 
@@ -285,17 +302,20 @@ def split_unit(text: str) -> tuple[str, str]:
     if money:
         text, unit = money[1] + text[money.end() :], "$"
     for _ in range(3):
-        if match := _TAIL_DEGREE.search(text):
+        # Within a function, degrees are no unit that one might leave out: sin 30° is not sin 30.
+        if (match := _TAIL_DEGREE.search(text)) and not ANGLE.search(text):
             text, unit = text[: match.start()], unit or "°"
         elif text.endswith("%"):
             text, unit = text[:-1].rstrip(), "%"
+        elif match := _TAIL_CHINESE.search(text):
+            text, unit = text[: match.start()], unit or match[1] or ""
         elif text.endswith(r"\$"):
             text, unit = text[:-2].rstrip(), "$"
         elif match := _TAIL_TEXT.search(text) or _TAIL_WORDS.search(text):
             if not text[: match.start()].strip():
                 break
             named = _unit_of_words(match[1], in_text=match.re is _TAIL_TEXT)
-            if named is None:
+            if named is None or (named == "°" and ANGLE.search(text)):
                 break
             text, unit = text[: match.start()].rstrip(), unit or (named + (match[2] or "") if named else "")
         else:
@@ -648,6 +668,17 @@ def plain_words(text: str) -> str | None:
     return re.sub(r"^(the|an|a) ", "", inner.lower())
 
 
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_NUMBER_WORDS = {word: n for n, word in enumerate(_ONES)} | {
+    ten + (f"-{_ONES[one]}" if one else ""): 10 * n + one for n, ten in enumerate(_TENS, 2) for one in range(10)
+}
+_IN_WORDS = re.compile(r"(?<=[\d} ])\s?(?:\\text\s?\{\s?\(([A-Za-z-]+)\)\s?\}|\(([A-Za-z-]+)\))$")
+
+
 @lru_cache(maxsize=4096)
 def read(text: str) -> Answer:
     """The meaning of an answer. What cannot be read is `Opaque`; never raises, and its time is bounded."""
@@ -661,8 +692,15 @@ def _read(text: str, depth: int) -> Answer:
     if not text or depth > 8:
         return Opaque(text, text=text)
     words = plain_words(text)
+    if words in _NUMBER_WORDS:
+        return Value(number(_NUMBER_WORDS[words]), text=text)
     if words is not None:
         return Word(words, text)
+    if twice := _IN_WORDS.search(text):  # 7 (seven)
+        digits = _read(text[: twice.start()], depth + 1)
+        spelled = _NUMBER_WORDS.get((twice[1] or twice[2]).lower())
+        if spelled is not None and isinstance(digits, Value) and digits.value.rational() == spelled:
+            return digits
     try:
         return _structure(text, depth)
     except Undecided:
@@ -696,6 +734,12 @@ def _structure(text: str, depth: int) -> Answer:
         if not all(parts):
             raise Undecided("a relation without a side")
         return _relation(tuple(_RELATIONS[op] for op in found), tuple(map(inside, parts)), text)
+    parts, found = _parts(tokens, text, {r"\approx"})
+    if len(found) == 1 and all(parts):  # 5\sqrt2 \approx 7.07: the exact one is meant
+        value, decimal = map(inside, parts)
+        if _is_number(value) and _is_number(decimal) and "." in parts[1]:
+            return value
+        raise Undecided("a number that is not exact")
     parts, found = _parts(tokens, text, {r"\cup"})
     if found:
         return Many("union", _flat(map(inside, parts)), text)
@@ -720,7 +764,8 @@ def _structure(text: str, depth: int) -> Answer:
 
     if based := _BASED.fullmatch(text):
         base = based[2] or based[3] or based[4]
-        if base not in ("10", "ten"):
+        base = str(_NUMBER_WORDS.get(base, base))
+        if base != "10":
             return Based(based[1].lstrip("0") or "0", base, text)
         return inside(based[1])
     bare, unit = split_unit(text)
@@ -736,8 +781,8 @@ def _structure(text: str, depth: int) -> Answer:
 
 _SIGNS = (r"\pm", r"\mp")
 _BASED = re.compile(
-    r"((?=[A-F]*\d)[0-9A-F]+)\s*_\s*"
-    r"(?:\{\s*(?:\\text\s*\{)?\s*(\d+)\s*\}?\s*\}|(\d+)|\{\s*\\text\s*\{\s*([a-z]+)\s*\}\s*\})"
+    r"\(?\s*((?=[A-F]*\d)[0-9A-F]+)\s*\)?\s*_\s*"
+    r"(?:\{\s*(?:\\text\s*\{)?\s*(\d+)\s*\}?\s*\}|(\d+)|\{\s*(?:\\text\s*\{\s*)?([a-z]+)\s*\}?\s*\})"
 )
 
 
@@ -873,6 +918,8 @@ def same(gold: str, answer: str, leaf: Leaf = undecided) -> bool:
     integers = [_plain_integer(text) for text in (a, b)]
     if None not in integers:  # of any length: no int() of a million digits
         return integers[0] == integers[1]
+    if (letter := _CHOICE.fullmatch(a)) and (labelled := _LABELLED.fullmatch(b)):
+        return letter[1] == (labelled[1] or labelled["bare"])
     first, second = read(gold), read(answer)
     # 100,200 is a number, and also two numbers written without a space.
     if _GROUPED.fullmatch(b) and isinstance(first, Many | Sequence):
@@ -880,6 +927,14 @@ def same(gold: str, answer: str, leaf: Leaf = undecided) -> bool:
     elif _GROUPED.fullmatch(a) and isinstance(second, Many | Sequence):
         first = read(a.replace(",", ", "))
     return _same(first, second, leaf)
+
+
+# A gold that is a choice's letter, and an answer that is the letter in parentheses and its text: (A) 5.
+_CHOICE = re.compile(r"(?:\\text(?:bf|rm)?\s?\{\s?)?\(?([A-J])\)?\s?\}?")
+_LABELLED = re.compile(
+    r"(?:\\text(?:bf|rm)?\s?\{\s?\(([A-J])\)\s?\}\s?|\((?P<bare>[A-J])\) )"
+    r"(?![-+*/^=!_,;<>|&(]|\\(?!text|frac|sqrt|\$))(?:(?!(?<![A-Za-z\\])[A-J](?![A-Za-z])).)+"
+)
 
 
 def _sentence(text: str) -> str | None:
@@ -942,7 +997,15 @@ def _without_name(a: Answer, b: Answer) -> tuple[Answer, Answer]:
     """x = 5 against 5, or 5 = x: the name of what was computed is dropped where only one has it."""
     if isinstance(a, Relation) != isinstance(b, Relation):
         a, b = _named_value(a), _named_value(b)
+    # m + n = 25 answers what m + n is. As a gold it is an equation, which 25 is not.
+    if isinstance(b, Relation) and b.ops == ("=",) and not isinstance(a, Relation):
+        for total, value in (b.sides, b.sides[::-1]):
+            if _TOTAL.fullmatch(total.text) and _is_number(value):
+                return a, value
     return a, b
+
+
+_TOTAL = re.compile(r"(?:[a-zA-Z]|[A-Z]{2})(?: ?\+ ?(?:[a-zA-Z]|[A-Z]{2}))+")
 
 
 def _named_value(x: Answer) -> Answer:

@@ -20,7 +20,7 @@ from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy,
 from sympy import And, Basic, Eq, Expr, Float, MatrixBase, Rational, Symbol
 from sympy.core.relational import Relational
 
-from eval.exact import FUNCTIONS
+from eval.exact import ANGLE, FUNCTIONS
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
@@ -54,6 +54,9 @@ def parse(text: str) -> Basic | MatrixBase:
     latex = _PLAIN_FUNCTION.sub(r"\\\1 ", text)
     latex = re.sub(r"\\(sqrt|exp)\s*\(([^()]*)\)", r"\\\1{\2}", latex)
     latex = re.sub(r"\\exp\s*(\{)", r"e^\1", latex)
+    latex = re.sub(r"\\(sin|cos|tan)\s*\^\s*\{\s*-\s*1\s*\}", r"\\arc\1 ", latex)
+    latex = re.sub(r"\\frac\s*\\pi\s*(\d)", r"\\frac{\\pi}{\1}", latex)
+    latex = _in_radians(latex)
     latex = _POINT.sub(lambda m: _fraction(m[0]), latex)
     latex = normalize_latex(latex, NORMALIZE)
     try:
@@ -65,6 +68,22 @@ def parse(text: str) -> Basic | MatrixBase:
     if not isinstance(parsed, Basic | MatrixBase):
         raise Unreadable(f"read as {type(parsed).__name__}")
     return _plain(parsed)
+
+
+_DEGREES = re.compile(
+    r"(\d+(?:\.\d*)?(?:\s*\\[a-zA-Z]+|\s*[a-zA-Z])?|(?<![\\a-zA-Z])[a-zA-Z]|\\[a-z]+|\([^()]*\)|\{[^{}]*\})"
+    r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))"
+)
+
+
+def _in_radians(latex: str) -> str:
+    """Degrees within a function: the parser leaves the sign out. Elsewhere they are a unit."""
+    if not ANGLE.search(latex):
+        return latex
+    latex = _DEGREES.sub(lambda m: rf"(\frac{{({m[1].strip('{}')}) \pi}}{{180}})", latex)
+    if r"\circ" in latex:
+        raise Unreadable("degrees")
+    return latex
 
 
 def _fraction(decimal: str) -> str:

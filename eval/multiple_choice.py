@@ -18,7 +18,7 @@ The default chain reads the text from its end, tier by tier; a tier is asked onl
 A statement that names no single choice ("Answer: I don't know", "None of the above", "either A or B", a letter beyond
 the choices) is an answer too, namely none: nothing above it is read. A conditional one ("if the answer is B") states
 nothing, and a denied one ("the answer is not B") takes back a B above it and no more. "A" before a word is the article
-and "I" the pronoun, unless set apart.
+and "I" the pronoun, unless set apart. Behind an answer, a further "Question:" or "Q:" and what follows are not read.
 """
 
 # ruff: noqa: RUF001, RUF002  # full-width letters and punctuation are what is read here
@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from eval.sample import Graded, Sample
+from eval.thinking import before_next_question
 
 CHOICE_GRADER = "choice/1"
 LETTERS = "ABCDEFGHIJ"
@@ -179,10 +180,17 @@ Reader = Callable[[str, int, str], str | None]
 
 
 def _default(text: str, n_choices: int) -> str | None:
+    first = before_next_question(text)
+    letter = _stated(first) if len(first) < len(text) else None
+    letter = _stated(text) if letter is None else letter
+    return letter if letter and letter in LETTERS[:n_choices] else None
+
+
+def _stated(text: str) -> str | None:
     if (letter := _last(text, _JSON_KEYS)) is None and (letter := _last(text, _ANSWERS)) is None:
         weak = {said for at, word in _backwards(text, _STATEMENTS) if (said := _STATEMENTS[word](text, at, word))}
         letter = weak.pop() if len(weak) == 1 else NOTHING if weak else _bare(text)
-    return letter if letter and letter in LETTERS[:n_choices] else None
+    return letter
 
 
 def _last(text: str, readers: Mapping[str, Reader]) -> str | None:
@@ -317,7 +325,8 @@ def _stands_alone(letter: str, tail: str) -> bool:
 # What stands around the markers.
 
 _QUALITY = (
-    r"(?:correct|right|best|final|my|most\ \w+|only|true|chosen|selected|appropriate|proper|accurate|likely|intended)"
+    r"(?:correct|right|best|final|my|most\ \w+|only|true|chosen|selected|appropriate|proper|accurate"
+    r"|likely|intended|closest|nearest)"
 )
 _BE = r"(?:is|was|(?:would|should|must|will|can\ only|has\ to)\ be|(?:seems|appears)\ to\ be|remains|becomes)"
 _CONDITION = re.compile(  # before the marker: denied, conditional, or reported
@@ -328,7 +337,7 @@ _CONDITION = re.compile(  # before the marker: denied, conditional, or reported
 _SEPARATOR = re.compile(  # between "answer" and what it is
     rf"""s?(?:[\s_]?(?:choice|option|letter|key|is\ the\ (?:option|choice|letter))\b)?
         (?:\ ?\([^()\n]{{1,30}}\))?
-        (?:\ (?:to|that|which|for|i|here|from|among|of|in|based)\b[^\n.:;?!]{{0,60}}?)??
+        (?:(?:\ |,\ (?=which))(?:to|that|which|for|i|here|from|among|of|in|based)\b[^\n.:;?!]{{0,60}}?)??
         \s?(?:(?P<colon>[:=>]|-+>?|→|⇒)|\b{_BE}\b\ ?(?P<then_colon>:)?)""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -336,7 +345,7 @@ _HEADING = re.compile(r"[.:]?\n| (?=\(?[A-J]\)?[. ]*(?:\n|$))")
 _LINE_START = re.compile(rf"(?:^|\n)[ >]*(?:(?:the|{_QUALITY}) )*$".replace("\\ ", " "), re.IGNORECASE)
 _QUALIFIED = re.compile(rf"\b{_QUALITY}\ (?:answer\ )?$", re.IGNORECASE)
 
-_BEFORE = r"(?<![A-Za-z0-9'])(?:(?:option|choice|answer)\ )?[(\[']?(?P<letter>[A-J])[)\]']?"
+_BEFORE = r"(?<![A-Za-z0-9'])(?<!\d\ )(?:(?:option|choice|answer)\ )?[(\[']?(?P<letter>[A-J])[)\]']?"
 _IS_THE = re.compile(  # "B is the correct" before `answer`, `option` or `choice`
     rf"""{_BEFORE}\ (?:is|(?:would|must|should|has\ to)\ be)\ (?:(?!not)\w+\ )?(?:the|my)\ (?:single\ )?
         (?:{_QUALITY}\ (?:and\ )?){{0,2}}$""",
@@ -347,14 +356,20 @@ _CHINESE_BEFORE = r"(?<![A-Za-z0-9])(?:选项)?\(?(?P<letter>[A-J])\)?(?:选?项
 _CHINESE_IS_THE = re.compile(rf"{_CHINESE_BEFORE}(?:就|才)?(?:是|为)\ ?(?:最佳|正确|最终|标准|的)*$")
 _CHINESE_IS = re.compile(rf"{_CHINESE_BEFORE}(?:是|为)?\ ?$")
 _CHINESE_SEPARATOR = re.compile(
-    r"\]?\s?(?:应该|应当|应|就|可能)?(?:\s?(?:是|为|选择|选(?!项)|:|=))+|\]?(?=\s?\(?[A-J]\)?\s?(?:[.。,;!\n]|$))"
+    r"\]?\s?(?:应该|应当|应|就|可能)?(?:\s?(?:是|为|选择|选(?!项)|:|=))+|\]?(?=\s?[(\[]?[A-J][)\]]?\s?(?:[.。,;!\n]|$))"
 )
-_THEREFORE = re.compile(r"(?:故|所以|因此|综上|应该?|应当|最终|我|则|本题|答案|可|正确|最佳)[,:\s]*(?:应该?|选出?)?$")
+_THEREFORE = re.compile(
+    r"(?:故|所以|因此|综上|应该?|应当|最终|我|则|本题|答案|可|正确的?|最佳)[,:\s]*(?:应该?|选出?)?$"
+)
 _SHARED = re.compile(  # before the letter: it is not named by itself
-    r"(?:\b(?:nor|or|and|not|neither|if|whether|that|why|since)|[A-J]\)?\s*,|[/或和与及])\s*(?:option|choice|answer)?\s*$",
+    r"(?:\b(?:nor|or|and|not|neither|if|whether|that|why|since)|(?<![A-Za-z])[A-J]\)?\s*,|[/或和与及])"
+    r"\s*(?:option|choice|answer)?\s*$",
     re.IGNORECASE,
 )
 _CONCLUDED = re.compile(rf",?\ (?:it\ {_BE}\ )?(?:option\ |choice\ )?\(?([A-J])\)?\s*(?:[.!]|\n|$)")
+_AFTER_BOX = re.compile(  # before a box: \boxed{A} and
+    r"\\boxed\{(?:\\text(?:bf)?\{)?\(?([A-J])\)?\}{1,2}\$?\s*(?:,|,?\s*(?:and|or|\\text\{\s*(?:and|or)\s*\}))\s*\$?$"
+)
 
 
 def _letter_before(pattern: re.Pattern[str], before: str) -> str | None:
@@ -376,7 +391,9 @@ def _read_box(text: str, at: int, word: str) -> str | None:
     for end, character in enumerate(text[start : start + WINDOW], start):
         depth += (character == "{") - (character == "}")
         if depth == 0:
-            return _named(_plain(text[start : end + 1]))
+            said = _named(_plain(text[start : end + 1]))
+            before = _AFTER_BOX.search(text, max(0, at - WINDOW), at) if said else None
+            return NOTHING if before and before[1] != said else said  # \boxed{A} and \boxed{B}
     return None
 
 
@@ -465,15 +482,20 @@ _STATEMENTS: dict[str, Reader] = {
 _ALONE = re.compile(
     r"\s*(?:it's |it is )?(?:(?:option|choice|选项|选) ?)?[(\[]? ?([A-J]) ?[)\]]? ?[.。!]?\s*", re.IGNORECASE
 )
-_LABELLED = re.compile(r"\s*(?:(?:[Oo]ption|[Cc]hoice|选项) ?)?(?:\(([A-J])\)|\[([A-J])\]|([A-J]) ?[).:,])\s*\S")
+_LABELLED = re.compile(r"\s*(?:(?:[Oo]ption|[Cc]hoice|选项) ?)?(?:\(([A-J])\)|\[([A-J])\]|([A-J]) ?[).:,。])\s*\S")
 _LABELS = re.compile(r"^[ \t]*[-*(\[]{0,3}([A-J])[)\].:、]", re.MULTILINE)
-_CLOSING = re.compile(r"\b(?:is|are|be|to|as)\s+\(([A-J])\)\s*\.?$")
+_CLOSING = re.compile(
+    r"\b(?:is|are|be|to|as)\s+\(([A-J])\)\s*\.?$"
+    r"|\b(?:is|matches|(?:corresponds?|corresponding|closest)\ (?:most\ closely\ )?(?:to|with))\s+"
+    r"(?:answer\s+)?(?:option|choice|answer)\s+[(*]*([A-J])[)*]*\.?[)*]*$"
+)
+_NEGATED = re.compile(r"n't\b|\b(?:not|none|neither|nor|no|cannot|never|nothing|if|whether)\b", re.IGNORECASE)
 
 
 def _bare(text: str) -> str | None:
     """The letter alone, or with the text of its choice: the last line, else the first. A list of choices is neither.
 
-    Else a letter in parentheses that ends the text as what something is: "The valid conclusion is (F)."
+    Else a letter in parentheses or an option that ends the text as what something is: "The valid conclusion is (F)."
     """
     stripped = text.strip()
     last, first = stripped[stripped.rfind("\n") + 1 :], stripped[: (stripped + "\n").index("\n")]
@@ -488,8 +510,11 @@ def _bare(text: str) -> str | None:
             others = set(_LABELS.findall(around.translate(_HALF_WIDTH))) - {letter}
             if not others and _named(plain) == letter:
                 return letter
-    found = _CLOSING.search(stripped[-WINDOW:])
-    return found[1] if found else None
+    ending = stripped[-WINDOW:]
+    found = _CLOSING.search(ending)
+    if found and found[2] and _NEGATED.search(ending, ending.rfind(". ", 0, found.start()) + 1, found.start()):
+        return None
+    return found[1] or found[2] if found else None
 
 
 CHAINS: dict[str, Callable[[str, int], str | None]] = {

@@ -4,6 +4,8 @@ Only the answer is graded. A thought that was never closed is `truncated`: whate
 an answer, and grading it is how other harnesses give points to texts that the budget cut.
 """
 
+# ruff: noqa: RUF001  # a full-width colon is meant
+
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,6 +70,19 @@ def split_thought(
     if text.count(OPEN) + bool(opened) > 1 or text.count(CLOSE) > 1:
         return Thought("nested", thought, answer)
     return Thought("opened" if first_open == -1 else "closed", thought, answer)
+
+
+# How the prompts of few-shot evaluation begin a question: a base model goes on with one of its own.
+_NEXT_QUESTION = ("\nQuestion:", "\nQ:", "\nProblem:", "\nThe following are multiple choice", "\n题目：", "\n问题：")
+
+
+def before_next_question(answer: str) -> str:
+    """What stands before the first question that the text asks; all of it where it asks none.
+
+    The caller looks for its answer there first and in the whole text then: a model may also begin by repeating the
+    question it was asked.
+    """
+    return answer[: min((at for line in _NEXT_QUESTION if (at := answer.find(line)) != -1), default=len(answer))]
 
 
 def complete_part(answer: str) -> str:

@@ -54,6 +54,11 @@ EXTRACTED = [
     (r"\boxed{5} and then \boxed{unclosed", "5"),
     (r"\boxed{5} Put your answer in \boxed{}.", "5"),
     ("\\boxed{5}" + "\\boxed{" * 100_000, "5"),
+    (r"\boxed{3} and \boxed{-2}", "3, -2"),  # one answer
+    (r"$x = \boxed{3}$, or $x = \boxed{-2}$.", "3, -2"),
+    (r"\boxed{1}, \boxed{2}, and \boxed{3}", "1, 2, 3"),
+    (r"\boxed{5}, \boxed{5}", "5"),
+    (r"(a) \boxed{3}, (b) \boxed{4}", "4"),
     # markers
     ("The answer is 42", "42"),
     ("The answer is 3.5.", "3.5"),
@@ -72,6 +77,16 @@ EXTRACTED = [
     ("答案是 12。", "12"),
     ("因此，最终答案为：$\\frac{1}{3}$", r"\frac{1}{3}"),
     ("答案：12", "12"),
+    ("The answer is therefore 5.", "5"),
+    ("The answer is simply $5$.", "5"),
+    (r"Answer: \(x = 5\) or \(x = -2\)", r"\(x = 5\) or \(x = -2\)"),
+    ("Answer: x = 5 and x = -2", "x = 5 and x = -2"),
+    # what a base model goes on with
+    ("The answer is 18.\n\nQ: How many?\nA: There are 6. The answer is 6.", "18"),
+    ("#### 3\n\nQuestion: Next\nAnswer: 7\n#### 7", "3"),
+    ("The final answer is $2$. I hope it is correct.\n\nProblem:\nFind $y$.\n\nThe final answer is $3$.", "2"),
+    ("Let us read it again.\nQuestion: How many?\nAnswer: 7", "7"),
+    ("Answer: don't know\n\nQuestion: How many?\nAnswer: 7", None),
     ("The answer is 3. No: the answer is 4.", "4"),
     ("The answer to the question is 9 apples.", "9 apples"),
     ("The correct answer is (C).", "(C)"),
@@ -123,6 +138,9 @@ LONG_LINES = {
     "lines": "\n" * LONG,
     "backslashes": "\\" * LONG,
     "nested boxes": "\\boxed{" * 100_000 + "5" + "}" * 100_000,
+    "questions": "\nQ: \nA: 5" * (LONG // 9),
+    "boxes in a row": "\\boxed{5}, " * (LONG // 11),
+    "approximations": r"answer is \(5\) or \approx " * (LONG // 28),
     "prose": "The total is 5 eggs, so we add 7 of them. " * (LONG // 42),
 }
 
@@ -258,6 +276,37 @@ EQUAL = [
     (r"4210_{5}", "4210_5"),
     ("52_8", "52"),
     ("41", "41_{10}"),
+    ("2516_8", r"2516_{\text{eight}}"),
+    ("2516_8", "(2516)_8"),
+    ("101_2", r"101\_2"),
+    # degrees within functions, inverse functions
+    (r"\sin 30^\circ", r"\frac{1}{2}"),
+    (r"\frac12", r"\cos 60^{\circ}"),
+    (r"\frac12", r"\sin^2 45°"),
+    (r"\sin x", r"\cos(90^\circ - x)"),
+    (r"10\cos 10^\circ", r"10\sin 80^\circ"),
+    (r"75^\circ", r"30^\circ + 45^\circ"),
+    (r"\frac\pi4", r"\tan^{-1} 1"),
+    # an exact value and its decimals, totals, decoration
+    (r"5\sqrt2", r"x = 5\sqrt{2} \approx 7.07"),
+    ("25", "m+n = 25"),
+    ("25", "25 = AB + BC"),
+    ("12", r"\underline{12}"),
+    ("12", r"\color{blue}{12}"),
+    ("12", r"12 \hspace{1mm} \text{cm}"),
+    ("12", r"12\ \mathrm{cm^2}"),
+    (r"12\text{ cm}^2", r"12\ \mathrm{cm^2}"),
+    ("5", r"5^{\text{th}}"),
+    (r"\emptyset", r"\varnothing"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\[4pt]2\end{bmatrix}"),
+    # numbers in words, choices with their text, Chinese units
+    ("12", "twelve"),
+    ("21", r"\text{twenty-one}"),
+    ("7", "7 (seven)"),
+    (r"\text{(C)}", r"\textbf{(C)}\ \frac{1}{2}"),
+    ("A", "(A) 5"),
+    ("5", "5元"),
+    ("5", "5 个"),
 ]
 
 # What must never be called equal. The first lines are verdicts of math-verify 0.9.0.
@@ -383,6 +432,36 @@ UNEQUAL = [
     ("5", "None"),
     ("5", r"\text{5 or 6}"),
     ("5", r"5 \text{ times } 3"),
+    ("12", "twenty"),
+    ("21", "twenty-two"),
+    ("7", "7 (eight)"),
+    ("5", "5万"),
+    ("5", "5千"),
+    ("5千克", "5克"),
+    # a choice's letter, and more than it
+    ("A", "(B) 5"),
+    ("A", "(A) or (B)"),
+    ("A", "(A) and B"),
+    ("A", "(A)(x)"),
+    ("A", "(A) + 1"),
+    # degrees
+    (r"\sin 30", r"\sin 30^\circ"),
+    (r"\sin 30^\circ", r"\sin 30"),
+    (r"\cos x", r"\cos x^\circ"),
+    (r"\frac12", r"\sin 31^\circ"),
+    (r"\tan x", r"\tan^{-1} x"),
+    (r"\cot x", r"\tan^{-1} x"),
+    # totals and decimals
+    ("m+n=25", "25"),
+    ("25", "m-n=25"),
+    ("25", "2m+n=25"),
+    ("25", "m+n=24"),
+    ("3.14", r"\pi \approx 3.14"),
+    (r"5\sqrt3", r"5\sqrt2 \approx 7.07"),
+    ("2516_8", r"2516_{\text{nine}}"),
+    ("2516_8", "(2516)_9"),
+    ("5^2", r"5^{\text{nd}}"),
+    ("12", r"\phantom{1}2"),
 ]
 
 

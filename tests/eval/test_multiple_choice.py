@@ -117,6 +117,27 @@ CASES = [
     ("I'd go with option (D).", 4, "D"),
     ("The pressure falls. Therefore, (B).", 4, "B"),
     ("Option A is correct. Option B is correct.", 4, None),  # statements, not the answer
+    ("Therefore, B is the correct answer.", 4, "B"),
+    ("Hence, option D is the right answer.", 4, "D"),
+    ("Therefore, option C is correct, not option B.", 4, "C"),
+    ("The closest option is C.", 4, "C"),
+    ("(B) is near. It asks for the closest answer, which would be D, as 124.8 is.", 4, "D"),
+    ("45,000 J is the closest option, so we take it.", 10, None),  # a unit
+    ("20 A is the correct answer.", 4, None),
+    ("That corresponds to option C.", 4, "C"),
+    ("It matches answer choice **(C)**.", 4, "C"),
+    ("This is not option C.", 4, None),
+    ("None of these matches option C.", 4, None),
+    ("That does not correspond to option C.", 4, None),
+    ("\\boxed{A} and \\boxed{B}", 4, None),
+    ("$\\boxed{\\text{A}}$, $\\boxed{\\text{B}}$", 4, None),
+    ("\\boxed{B} and \\boxed{B}", 4, "B"),
+    # A base model goes on with questions of its own.
+    ("The answer is (C).\n\nQuestion: What is next?\nAnswer: The answer is (D).", 10, "C"),
+    (" C\n\nThe following are multiple choice questions (with answers) about law.\n\nAnswer: A", 4, "C"),
+    ("答案：C\n\n题目：下列哪项正确？\n答案：A", 4, "C"),
+    ("Here is the question again.\nQuestion: Which?\nAnswer: B", 4, "B"),
+    ("Answer: I don't know\n\nQuestion: Which?\nAnswer: B", 4, None),
     ("I would choose a different method.", 4, None),
     # Alone, or with its text.
     ("B", 4, "B"),
@@ -235,6 +256,9 @@ CASES = [
     ("【答案】C", 4, "C"),
     ("答：C", 4, "C"),
     ("正确选项是C", 4, "C"),
+    ("正确的选项是C", 4, "C"),
+    ("答案【C】", 4, "C"),
+    ("C。因为它更大", 4, "C"),
     ("我选择B选项", 4, "B"),
     ("C、巴黎", 4, "C"),
     ("答案是A还是B？", 4, None),
@@ -357,6 +381,7 @@ HOSTILE = [
     "Answer" + " " * 500, "answer to the ", "B is the correct best ", "if the answer is B ", '"answer": ',
     "\\boxed{", "\\boxed{A} ", "option ", "Option B is correct ", "so ", "therefore, A ", "is correct ",
     "答案", "答案是B", "选", "故选：", "B正确",
+    "\nQ:", "\nQuestion: A\n", "\\boxed{A} and ", "corresponds to option ", "45 J is the closest option ",
     "answer option choice \\boxed 答案 选 so thus hence choose pick is correct ",
 ]  # fmt: skip
 
