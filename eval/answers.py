@@ -52,7 +52,7 @@ def extract_math(text: str) -> str | None:
     """
     first = before_next_question(text)
     found = _stated(first) if len(first) < len(text) else _NOTHING
-    if found is _NOTHING:
+    if found is _NOTHING or (isinstance(found, str) and not re.search(r"[\d\\]", found)):  # "I will answer: in steps"
         found = _stated(text)
     if found is not _NOTHING:
         return found if isinstance(found, str) else None
@@ -283,7 +283,7 @@ _HEDGED = re.compile(
 )
 
 
-_TWO_EQUATIONS = re.compile(r"=[^=]*(?:,|\b(?:and|or)\b)[^=]*=")
+_TWO_EQUATIONS = re.compile(r"\b[a-zA-Z]\s?=[^=]*(?:,|\b(?:and|or)\b)\s?[a-zA-Z]\s?=")
 
 
 def _candidate(text: str) -> str | None:

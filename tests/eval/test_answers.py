@@ -81,11 +81,13 @@ EXTRACTED = [
     ("The answer is simply $5$.", "5"),
     (r"Answer: \(x = 5\) or \(x = -2\)", r"\(x = 5\) or \(x = -2\)"),
     ("Answer: x = 5 and x = -2", "x = 5 and x = -2"),
+    ("Answer: 2000 / 10 = 200 bags, 200 bags * $5/bag = $1000", "$1000"),
     # what a base model goes on with
     ("The answer is 18.\n\nQ: How many?\nA: There are 6. The answer is 6.", "18"),
     ("#### 3\n\nQuestion: Next\nAnswer: 7\n#### 7", "3"),
     ("The final answer is $2$. I hope it is correct.\n\nProblem:\nFind $y$.\n\nThe final answer is $3$.", "2"),
     ("Let us read it again.\nQuestion: How many?\nAnswer: 7", "7"),
+    ("I will answer: in steps.\n\nQuestion: How many?\n\nIt is \\boxed{7}.", "7"),
     ("Answer: don't know\n\nQuestion: How many?\nAnswer: 7", None),
     ("The answer is 3. No: the answer is 4.", "4"),
     ("The answer to the question is 9 apples.", "9 apples"),
