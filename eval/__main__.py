@@ -46,6 +46,39 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="ask a model, judge its answers, write the report")
     run.set_defaults(command=_run)
+    _add_run_options(run)
+    for command in (
+        run,
+        report := commands.add_parser("report", help="write report.md and report.html of a run again"),
+    ):
+        command.add_argument(
+            "--show-questions", action="store_true", help="put confidential texts (GPQA) on the page too"
+        )
+        command.add_argument(
+            "--reported-as",
+            metavar="MODEL",
+            help="whose published scores to compare with (default: the model's own name)",
+        )
+    report.set_defaults(command=_report)
+    report.add_argument("out", type=Path, help="folder of a run")
+
+    compare = commands.add_parser("compare", help="two runs on the same questions: paired differences")
+    compare.set_defaults(command=_compare)
+    compare.add_argument("a", type=Path, help="folder of a run")
+    compare.add_argument("b", type=Path, help="folder of another")
+    compare.add_argument("--json", action="store_true", help="as JSON")
+
+    regrade = commands.add_parser("regrade", help="judge stored samples again, without the model, and list the flips")
+    regrade.set_defaults(command=_regrade)
+    regrade.add_argument("out", type=Path, help="folder of a run")
+
+    listing = commands.add_parser("list", help="tasks, protocols, published scores")
+    listing.set_defaults(command=_list)
+    listing.add_argument("what", nargs="?", choices=("tasks", "protocols", "scores"), default="tasks")
+    return parser
+
+
+def _add_run_options(run: argparse.ArgumentParser) -> None:
     asked = run.add_argument_group("what is asked")
     asked.add_argument(
         "--model", required=True, help="Hub id or folder; with --base-url, the name that the endpoint serves"
@@ -118,36 +151,6 @@ def _parser() -> argparse.ArgumentParser:
         "--skip-preflight", action="store_true", help="do not ask whether the endpoint honours the sampling parameters"
     )
 
-    for command in (
-        run,
-        report := commands.add_parser("report", help="write report.md and report.html of a run again"),
-    ):
-        command.add_argument(
-            "--show-questions", action="store_true", help="put confidential texts (GPQA) on the page too"
-        )
-        command.add_argument(
-            "--reported-as",
-            metavar="MODEL",
-            help="whose published scores to compare with (default: the model's own name)",
-        )
-    report.set_defaults(command=_report)
-    report.add_argument("out", type=Path, help="folder of a run")
-
-    compare = commands.add_parser("compare", help="two runs on the same questions: paired differences")
-    compare.set_defaults(command=_compare)
-    compare.add_argument("a", type=Path, help="folder of a run")
-    compare.add_argument("b", type=Path, help="folder of another")
-    compare.add_argument("--json", action="store_true", help="as JSON")
-
-    regrade = commands.add_parser("regrade", help="judge stored samples again, without the model, and list the flips")
-    regrade.set_defaults(command=_regrade)
-    regrade.add_argument("out", type=Path, help="folder of a run")
-
-    listing = commands.add_parser("list", help="tasks, protocols, published scores")
-    listing.set_defaults(command=_list)
-    listing.add_argument("what", nargs="?", choices=("tasks", "protocols", "scores"), default="tasks")
-    return parser
-
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
@@ -186,20 +189,20 @@ def _data(values: Sequence[str]) -> Path | dict[str, Path] | None:
 def _run(arguments: argparse.Namespace) -> int:
     from eval.progress import Display
     from eval.report import REPORT_HTML, text, write_report
-    from eval.runner import evaluate, plan_run
+    from eval.runner import plan_run, run_plan
 
     tasks = [one.strip() for one in arguments.tasks.split(",") if one.strip()]
     overrides = {name: getattr(arguments, name) for name in ("max_tokens", "temperature", "top_p")}
-    options: dict[str, Any] = dict(
+    # Tasks, protocol and files before the model: loading it may take minutes.
+    plan = plan_run(
+        tasks, arguments.protocol,
         k=arguments.k, limit=arguments.limit, seed=arguments.seed, pass_at=arguments.pass_at, overrides=overrides,
         data=_data(arguments.data), changed_data=arguments.changed_data,
     )  # fmt: skip
-    # Tasks, protocol and files before the model: loading it may take minutes.
-    plan = plan_run(tasks, arguments.protocol, **options)
     print(f"{sum(len(task.samples) for task in plan.tasks):,} questions, {plan.samples:,} samples", file=sys.stderr)
     arguments.out.mkdir(parents=True, exist_ok=True)
     sampler = _endpoint_sampler(arguments, plan) if arguments.base_url else _local_sampler(arguments)
-    results = evaluate(sampler, tasks, plan.protocol, arguments.out, **options, progress=Display())
+    results = run_plan(sampler, plan, arguments.out, Display())
     write_report(arguments.out, show_questions=arguments.show_questions, model=arguments.reported_as)
     print(text(results, arguments.reported_as))
     print(f"\npage: {arguments.out / REPORT_HTML}", file=sys.stderr)
@@ -253,11 +256,8 @@ def _endpoint_sampler(arguments: argparse.Namespace, plan: Any) -> Any:
         if one.parameter == "requests"
     ]:
         raise ValueError("; ".join(refused))
-    # A seed or `n` that is ignored costs reproducibility only; without these the samples are not the protocol's.
-    needed = {"temperature", "max_tokens"}
-    if any(task.settings.mode == "completion" and task.benchmark.stop for task in plan.tasks):
-        needed.add("stop")
-    if broken := [one for one in found.ignored if one.parameter in needed]:
+    stops = any(task.settings.mode == "completion" and task.benchmark.stop for task in plan.tasks)
+    if broken := [one for one in found.serious if stops or one.parameter != "stop"]:
         raise ValueError(
             f"{', '.join(sorted({one.endpoint for one in broken}))} does not honour "
             f"{', '.join(sorted({one.parameter for one in broken}))}: the samples would not be the protocol's. Mend "

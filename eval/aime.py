@@ -3,10 +3,12 @@
 The problems are the Mathematical Association of America's.
 """
 
-from eval.answers import MATH_GRADER, grade_final
+from dataclasses import replace
+
+from eval.answers import MATH_GRADER, grade_sample
 from eval.benchmark import Benchmark, Row, Source
 from eval.prompts import boxed, simple_evals_math
-from eval.sample import Graded, Sample
+from eval.sample import Sample
 
 AIME_2024 = Source(
     hub="HuggingFaceH4/aime_2024",
@@ -43,10 +45,6 @@ def sample_2025(row: Row, index: int) -> Sample:
     return to_sample(row, index, "aime25")
 
 
-def grade(sample: Sample, answer: str, chain: str) -> Graded:
-    return grade_final(answer, sample.gold)
-
-
 PROMPTS = {"boxed": boxed, "simple_evals": simple_evals_math}
 
 AIME24 = Benchmark(
@@ -58,18 +56,14 @@ AIME24 = Benchmark(
     kind="math",
     to_sample=sample_2024,
     prompts=PROMPTS,
-    grade=grade,
+    grade=grade_sample,
     grader=MATH_GRADER,
 )
-AIME25 = Benchmark(
+AIME25 = replace(
+    AIME24,
     name="aime25",
     title="AIME 2025",
     source=AIME_2025,
-    licence=AIME24.licence,
     citation="American Invitational Mathematics Examination 2025, I and II",
-    kind="math",
     to_sample=sample_2025,
-    prompts=PROMPTS,
-    grade=grade,
-    grader=MATH_GRADER,
 )

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from eval.exact import Undecided, clean, same
 from eval.math_pool import KEPT, Failure, Timeout, pool
-from eval.sample import Graded
+from eval.sample import Graded, Sample
 from eval.thinking import before_next_question, split_thought
 
 MATH_GRADER = "math/1"
@@ -350,6 +350,11 @@ def grade_final(
     if answer is None:
         return Graded("no_answer", detail="no answer was found", grader=MATH_GRADER)
     return equivalent(answer, _published(gold), time_limit=time_limit, memory_limit=memory_limit)
+
+
+def grade_sample(sample: Sample, answer: str, chain: str) -> Graded:
+    """`grade_final` as a benchmark of mathematics uses it; there is one chain."""
+    return grade_final(answer, sample.gold)
 
 
 def _published(gold: str) -> str:

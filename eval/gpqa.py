@@ -3,9 +3,10 @@
 `gpqa_main` has 448, `gpqa_diamond` the 198 that both experts answered alike and most laymen wrongly. Its authors ask
 that no question ever stands in plain text where a crawler finds it: the tasks are confidential, and a report or log
 holds ids and letters only. The rows give the correct answer first, so its order is drawn here for each item; with
-`permutation: per_sample` a protocol draws another one for each of the k samples. simple-evals' own orders are
-`multiple_choice.simple_evals_permutations`.
+`permutation: per_sample` a protocol draws another one for each of the k samples, as simple-evals does.
 """
+
+from dataclasses import replace
 
 from eval.benchmark import Benchmark, Row, Source
 from eval.multiple_choice import CHAINS, CHOICE_GRADER, grade_sample, permuted
@@ -72,18 +73,10 @@ GPQA_MAIN = Benchmark(
     confidential=True,
     chance=0.25,
 )
-GPQA_DIAMOND = Benchmark(
+GPQA_DIAMOND = replace(
+    GPQA_MAIN,
     name="gpqa_diamond",
     title="GPQA Diamond",
     source=source("diamond", 198),
-    licence=GPQA_MAIN.licence,
-    citation=CITATION,
-    kind="choice",
     to_sample=diamond_sample,
-    prompts=PROMPTS,
-    grade=grade_sample,
-    grader=CHOICE_GRADER,
-    chains=tuple(CHAINS),
-    confidential=True,
-    chance=0.25,
 )

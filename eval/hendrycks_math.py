@@ -6,10 +6,10 @@ as it is. The answer is the content of the last box of the published solution.
 
 from pathlib import PurePosixPath
 
-from eval.answers import MATH_GRADER, grade_final
+from eval.answers import MATH_GRADER, grade_sample
 from eval.benchmark import Benchmark, Row, Source
 from eval.prompts import boxed, minerva, minerva_exemplars, simple_evals_math
-from eval.sample import Graded, Sample
+from eval.sample import Sample
 
 SUBJECTS = (
     "algebra",
@@ -65,10 +65,6 @@ def to_sample(row: Row, index: int) -> Sample:
     )
 
 
-def grade(sample: Sample, answer: str, chain: str) -> Graded:
-    return grade_final(answer, sample.gold)
-
-
 MATH = Benchmark(
     name="math",
     title="MATH",
@@ -78,7 +74,7 @@ MATH = Benchmark(
     kind="math",
     to_sample=to_sample,
     prompts={"boxed": boxed, "simple_evals": simple_evals_math, "few_shot": minerva},
-    grade=grade,
+    grade=grade_sample,
     grader=MATH_GRADER,
     fixed_exemplars=minerva_exemplars("math"),
     stop=("Problem:",),

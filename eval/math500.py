@@ -1,9 +1,9 @@
 """MATH-500: the 500 problems of MATH's test set that OpenAI held out for PRM800K (Lightman et al. 2023)."""
 
-from eval.answers import MATH_GRADER, grade_final
+from eval.answers import MATH_GRADER, grade_sample
 from eval.benchmark import Benchmark, Row, Source
 from eval.prompts import boxed, minerva, minerva_exemplars, simple_evals_math
-from eval.sample import Graded, Sample
+from eval.sample import Sample
 
 TEST = Source(
     hub="HuggingFaceH4/MATH-500",
@@ -27,10 +27,6 @@ def to_sample(row: Row, index: int) -> Sample:
     )
 
 
-def grade(sample: Sample, answer: str, chain: str) -> Graded:
-    return grade_final(answer, sample.gold)
-
-
 MATH500 = Benchmark(
     name="math500",
     title="MATH-500",
@@ -40,7 +36,7 @@ MATH500 = Benchmark(
     kind="math",
     to_sample=to_sample,
     prompts={"boxed": boxed, "simple_evals": simple_evals_math, "few_shot": minerva},
-    grade=grade,
+    grade=grade_sample,
     grader=MATH_GRADER,
     fixed_exemplars=minerva_exemplars("math500"),
     stop=("Problem:",),

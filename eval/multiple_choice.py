@@ -24,7 +24,6 @@ and "I" the pronoun, unless set apart. Behind an answer, a further "Question:" o
 # ruff: noqa: RUF001, RUF002  # full-width letters and punctuation are what is read here
 
 import hashlib
-import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -116,17 +115,6 @@ def permuted(sample: Sample, seed: int) -> Sample:
         return hashlib.sha256(f"{seed}\0{sample.task}\0{sample.id}\0{position}".encode()).digest()
 
     return permute(sample, sorted(range(len(sample.choices)), key=key))
-
-
-def simple_evals_permutations(n_items: int, n_repeats: int = 4, n_choices: int = 4) -> list[list[tuple[int, ...]]]:
-    """[repeat][item]: the orders in which simple-evals shows GPQA (`gpqa_eval.py`), for repeating its scores.
-
-    One `random.Random(0)` runs over all items of the first repeat, then of the second, and so on: the order of an item
-    depends on the number of items, so this holds only for the whole set in the order of its file, the correct answer
-    in position 0 (as `gpqa.published` has it).
-    """
-    generator = random.Random(0)
-    return [[tuple(generator.sample(range(n_choices), n_choices)) for _ in range(n_items)] for _ in range(n_repeats)]
 
 
 # The official chains.

@@ -260,7 +260,9 @@ def provenance_rows(results: Results, task: TaskResult) -> list[list[str]]:
     dataset = task.dataset
     values: dict[str, Any] = {
         **task.settings,
-        "questions": f"{dataset['items']:,} of {dataset['of']:,}, sha256 {dataset['hash'][:16]}",
+        "questions": f"{dataset['items']:,} of {dataset['of']:,}, {dataset['repeated']:,} of them repeated, "
+        f"sha256 {dataset['hash'][:16]}",
+        "score of guessing": f"{100 * task.chance:.1f}" if task.chance else None,
         "source": f"{dataset['hub']} {dataset['split']} at {dataset['revision']}; {dataset['file']}",
         "thoughts": ", ".join(f"{count:,} {state}" for state, count in task.thoughts.items()) or "none",
         "graders": ", ".join(task.graders),

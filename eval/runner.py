@@ -18,7 +18,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from eval.benchmark import Benchmark, dataset_hash, exemplars, load, read_rows
+from eval.benchmark import Benchmark, dataset_hash, duplicates, exemplars, load, read_rows
 from eval.metrics import Classes, PairedDifference, paired_difference, same_text
 from eval.multiple_choice import LETTERS, permuted
 from eval.protocols import Protocol, Settings, get_protocol
@@ -88,11 +88,16 @@ def evaluate(
     BlockingIOError (another run writes to `out`). A completion that fails is a failed sample, not an error; the next
     run asks for it again, and for nothing that is stored.
     """
-    out = Path(out)
     plan = plan_run(
         tasks, protocol, k=k, limit=limit, seed=seed, pass_at=pass_at, overrides=overrides, data=data,
         changed_data=changed_data, items=items,
     )  # fmt: skip
+    return run_plan(sampler, plan, out, progress)
+
+
+def run_plan(sampler: Sampler, plan: "Plan", out: str | Path, progress: Progress | None = None) -> Results:
+    """`evaluate` of what `plan_run` has read and checked."""
+    out = Path(out)
     identity = sampler.identity
     with Store(out / STORE) as store:
         ask_missing(store, plan, sampler, identity, progress)
@@ -107,7 +112,8 @@ def evaluate(
             raise
         return _write(
             out, graded, results,
-            model=identity, protocol=plan.protocol.model_dump(mode="json"), seed=seed, limit=limit, versions=versions(),
+            model=identity, protocol=plan.protocol.model_dump(mode="json"), seed=plan.seed, limit=plan.limit,
+            versions=versions(),
         )  # fmt: skip
 
 
@@ -131,6 +137,7 @@ class Plan:
     tasks: tuple[Task, ...]
     seed: int
     pass_at: tuple[int, ...]
+    limit: int | None
 
     @property
     def samples(self) -> int:
@@ -174,11 +181,12 @@ def plan_run(
         pool = tuple(load_exemplars(benchmark, data, changed=changed_data)) if resolved.shots else ()
         config = list(source.config) if isinstance(source.config, tuple) else source.config
         dataset = dict(
-            hash=dataset_hash(samples), items=len(samples), of=of, changed=changed_data or given is not None,
+            hash=dataset_hash(samples), items=len(samples), of=of,
+            repeated=sum(len(ids) - 1 for ids in duplicates(samples)), changed=changed_data or given is not None,
             hub=source.hub, config=config, split=source.split, revision=source.revision, file=source.file,
         )  # fmt: skip
         planned.append(Task(benchmark, resolved, tuple(samples), pool, dataset))
-    return Plan(protocol, tuple(planned), seed, tuple(sorted(set(pass_at))))
+    return Plan(protocol, tuple(planned), seed, tuple(sorted(set(pass_at))), limit)
 
 
 def find_benchmarks(tasks: Sequence[str | Benchmark]) -> list[Benchmark]:

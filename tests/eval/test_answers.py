@@ -27,7 +27,7 @@ from eval.answers import (
     gsm8k_official,
     zeroeval_official,
 )
-from eval.exact import read, same
+from eval.exact import clean, read, same
 from tests.eval.data import DATA, needs_data
 
 
@@ -625,7 +625,7 @@ def test_importing_the_grader_is_light():
 
 def test_reading_never_raises():
     for text in ("", "(", ")", "\\", "{", "}", "\\frac", "\\frac{1}", "^", "_", "1^", "\\sqrt", "\\begin{pmatrix}", "&", "|", "1..2", "\ud800"):  # noqa: E501  # fmt: skip
-        read(text)
+        assert read(text).text == clean(text)
 
 
 @pytest.mark.parametrize(

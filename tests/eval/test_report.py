@@ -156,6 +156,13 @@ def test_another_name_finds_its_published_scores(results):
     assert [line.published.value for line in lines] == [79.8]
 
 
+def test_repeated_questions_and_the_score_of_guessing_are_said(tmp_path):
+    twice = [*gpqa(8), dataclasses.replace(gpqa(1)[0], id="again")]
+    said = markdown(run(tmp_path / "out", {"gpqa_diamond": twice}, k=1))
+    assert "9 of 9, 1 of them repeated" in said
+    assert "| score of guessing | 25.0 |" in said
+
+
 def test_failed_completions_are_listed_by_reason(tmp_path):
     results = run(tmp_path / "out", {"aime24": aime()}, sampler=Answers(fails=True))
     failed = results.verdicts["failed"]
