@@ -12,11 +12,15 @@ REASONING_GYM = reasoning_gym==0.1.25
 # Nothing here may fetch models or datasets: a test that tries fails at once instead of waiting for a network.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help venv test test-slow lint bench clean
+.PHONY: help quickstart venv test test-slow lint bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+quickstart: venv  ## the whole path on a bundled teacher: problems to an evaluated student and its report
+	$(BIN)/distill run recipes/quickstart.yaml $(ARGS)
+	@echo "open runs/quickstart/report.html"
 
 test: venv  ## run the tests, without those marked slow
 	$(BIN)/python -m pytest

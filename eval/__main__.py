@@ -212,18 +212,15 @@ def _run(arguments: argparse.Namespace) -> int:
 def _local_sampler(arguments: argparse.Namespace) -> Any:
     from eval.local_sampler import TransformersSampler
 
-    try:
-        return TransformersSampler.from_pretrained(
-            arguments.model,
-            revision=arguments.revision,
-            dtype=arguments.dtype,
-            device_map=arguments.device_map,
-            trust_remote_code=arguments.trust_remote_code,
-            batch_size=arguments.batch_size,
-            context_length=arguments.context_length,
-        )
-    except (OSError, ValueError) as error:  # some of transformers' messages do not name what was to be loaded
-        raise ValueError(f"the model {arguments.model!r} cannot be loaded: {error}") from error
+    return TransformersSampler.from_pretrained(
+        arguments.model,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        device_map=arguments.device_map,
+        trust_remote_code=arguments.trust_remote_code,
+        batch_size=arguments.batch_size,
+        context_length=arguments.context_length,
+    )
 
 
 def _endpoint_sampler(arguments: argparse.Namespace, plan: Any) -> Any:

@@ -111,14 +111,18 @@ class TransformersSampler:
         model_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> "TransformersSampler":
-        """A model and its tokenizer from a folder or the Hub; `options` are those of the class."""
+        """A model and its tokenizer from a folder or the Hub; `options` are those of the class. ValueError where it cannot
+        be loaded."""
         where = dict(revision=revision or "main", trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(model, **where)
         if device_map is None and torch.cuda.is_available():
             device_map = "auto"
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, device_map=device_map, **where, **(model_kwargs or {})
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model, **where)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model, dtype=dtype, device_map=device_map, **where, **(model_kwargs or {})
+            )
+        except (OSError, ValueError) as error:  # some of transformers' messages do not name what was to be loaded
+            raise ValueError(f"the model {str(model)!r} cannot be loaded: {error}") from error
         sampler = cls(loaded, tokenizer, **{"name": str(model), **options})
         commit = getattr(loaded.config, "_commit_hash", None)
         if Path(model).is_dir():

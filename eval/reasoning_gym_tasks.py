@@ -17,6 +17,7 @@ from typing import Any
 from eval.benchmark import Benchmark, Row, Source
 from eval.prompts import boxed, without_examples
 from eval.sample import Graded, Sample
+from eval.yaml_files import nearest
 
 RG_GRADER = "reasoning_gym/1"
 SEED, ROWS = 20_250_101, 200
@@ -32,9 +33,13 @@ DATASETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def problems(dataset: str, size: int, seed: int) -> Iterator[Row]:
-    """Questions of one of `DATASETS` at its fixed parameters; the i-th of a seed is the same whatever the size."""
-    for index, entry in enumerate(_dataset(dataset, size, seed)):
+def problems(dataset: str, size: int, seed: int, parameters: Mapping[str, Any] | None = None) -> Iterator[Row]:
+    """Questions of one of the package's datasets; the i-th of a seed is the same whatever the size.
+
+    `parameters` are its settings; None stands for those of `DATASETS`, or the package's own for the others. ValueError
+    for a dataset or a setting that the package does not know.
+    """
+    for index, entry in enumerate(_dataset(dataset, size, seed, parameters)):
         yield {
             "id": f"{seed}/{index}",
             "question": entry["question"],
@@ -43,8 +48,19 @@ def problems(dataset: str, size: int, seed: int) -> Iterator[Row]:
         }
 
 
-def _dataset(dataset: str, size: int, seed: int) -> Any:
-    return _package(dataset).create_dataset(dataset, size=size, seed=seed, **DATASETS[dataset])
+def _dataset(dataset: str, size: int, seed: int, parameters: Mapping[str, Any] | None = None) -> Any:
+    package = _package(dataset)
+    known = package.factory.DATASETS
+    if dataset not in known:
+        raise ValueError(
+            f"{dataset!r} is no dataset of reasoning-gym, which has {len(known)}.{nearest(dataset, known)}"
+        )
+    settings = DATASETS.get(dataset, {}) if parameters is None else parameters
+    try:
+        return package.create_dataset(dataset, size=size, seed=seed, **settings)
+    except (TypeError, AssertionError, ValueError) as error:
+        shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        raise ValueError(f"reasoning-gym's {dataset} does not take {shown or 'its defaults'}: {error}") from error
 
 
 def _package(dataset: str) -> Any:
@@ -64,8 +80,18 @@ def _package(dataset: str) -> Any:
             del sys.modules["pycosat"]
 
 
+def animal_legs(name: str) -> tuple[str, int]:
+    """An animal of leg_counting and its legs: "butterflys", as the package words several, -> ("butterfly", 6)."""
+    table: dict[str, int] = _package("leg_counting").arithmetic.leg_counting.ANIMALS
+    for animal in (name, name.removesuffix("s")):
+        if animal in table:
+            return animal, table[animal]
+    raise ValueError(f"{name!r} is no animal of reasoning-gym's leg_counting")
+
+
 @cache
-def _judge(dataset: str) -> Any:
+def judge(dataset: str) -> Any:
+    """The dataset whose `score_answer` judges; its own questions are not asked."""
     return _dataset(dataset, 1, 0)
 
 
@@ -84,7 +110,7 @@ def grade(sample: Sample, answer: str, chain: str, dataset: str) -> Graded:
     found = extract(answer)
     if not found:
         return Graded("no_answer", None, "no answer", RG_GRADER)
-    score = _judge(dataset).score_answer(found, sample.meta["entry"])
+    score = judge(dataset).score_answer(found, sample.meta["entry"])
     return Graded("correct" if score >= 1 else "wrong", found, f"score_answer {score:.2f}", RG_GRADER)
 
 

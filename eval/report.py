@@ -8,7 +8,7 @@ import hashlib
 import html
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from importlib import resources
@@ -179,13 +179,13 @@ def notes(results: Results, model: str | None = None) -> list[str]:
     return lines
 
 
-def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned, the first two to the left; wide (Chinese) characters count twice."""
+def text_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0, 1)) -> str:
+    """Columns aligned, those of `left` to the left; wide (Chinese) characters count twice."""
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
     lines = []
     for number, row in enumerate(rows):
         cells = [
-            cell + " " * (width - _width(cell)) if place < 2 else " " * (width - _width(cell)) + cell
+            cell + " " * (width - _width(cell)) if place in left else " " * (width - _width(cell)) + cell
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
@@ -330,21 +330,21 @@ def regrade_text(regraded: Regraded) -> str:
 # The page.
 
 
-class _Page(Template):
+class Page(Template):
     delimiter = "@@"  # the page's own scripts use the dollar sign
 
 
 def page(results: Results, samples: Iterable[Mapping[str, Any]], *, note: str = "", model: str | None = None) -> str:
     """report.html: no other file, no network. `samples` are what `shown_samples` yields."""
-    template = _Page(resources.files("eval").joinpath("report_page.html").read_text(encoding="utf-8"))
+    template = Page(resources.files("eval").joinpath("report_page.html").read_text(encoding="utf-8"))
     # `<` is escaped, so that no text of a model can end the script element that holds it.
     data = json.dumps(list(samples), ensure_ascii=False).replace("<", "\\u003c")
     who, counts = summary_lines(results)
     return template.substitute(
-        title=_escape(_title(results)),
-        subtitle=_escape(f"{who}. {counts}."),
-        warnings=_list(notes(results, model)),
-        scores=_html_table(score_rows(results, model), left=2),
+        title=escape(_title(results)),
+        subtitle=escape(f"{who}. {counts}."),
+        warnings=html_list(notes(results, model)),
+        scores=html_table(score_rows(results, model), left=2),
         plot=_plot(results, model),
         legend="".join(
             f'<span><i class="key" style="background: var(--{verdict})"></i>{verdict.replace("_", " ")}</span>'
@@ -352,23 +352,23 @@ def page(results: Results, samples: Iterable[Mapping[str, Any]], *, note: str = 
         ),
         verdicts=_verdict_bars(results),
         tasks="".join(_task_section(results, task) for task in results.tasks),
-        samples_note=_escape(note),
+        samples_note=escape(note),
         data=data,
     )
 
 
-def _escape(value: object) -> str:
+def escape(value: object) -> str:
     return html.escape(str(value))
 
 
-def _list(lines: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{_escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
+def html_list(lines: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 
-def _html_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+def html_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     def line(row: Sequence[str], tag: str) -> str:
         cells = (
-            f"<{tag}{'' if place < left else ' class=n'}{' scope=col' if tag == 'th' else ''}>{_escape(cell)}</{tag}>"
+            f"<{tag}{'' if place < left else ' class=n'}{' scope=col' if tag == 'th' else ''}>{escape(cell)}</{tag}>"
             for place, cell in enumerate(row)
         )
         return f"<tr>{''.join(cells)}</tr>"
@@ -387,8 +387,8 @@ def _verdict_bars(results: Results) -> str:
         )
         said = ", ".join(f"{task.verdicts[one]:,} {one.replace('_', ' ')}" for one in VERDICTS if task.verdicts[one])
         rows.append(
-            f"<tr><th scope=row>{_escape(task.task)}</th><td style='width:50%'><div class=bar role=img "
-            f"aria-label='{_escape(said)}'>{parts}</div></td><td>{_escape(said)}</td>"
+            f"<tr><th scope=row>{escape(task.task)}</th><td style='width:50%'><div class=bar role=img "
+            f"aria-label='{escape(said)}'>{parts}</div></td><td>{escape(said)}</td>"
             f"<td class=n>{task.samples:,}</td></tr>"
         )
     columns = ("task", "share", "counts", "samples")
@@ -420,7 +420,7 @@ def _plot(results: Results, model: str | None) -> str:
     for number, (name, score, published) in enumerate(lines):
         y = step * number + 18
         low, high = (x(100 * end) for end in score.interval)
-        parts.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{_escape(name)}</text>')
+        parts.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(name)}</text>')
         parts.append(f'<line class="ci" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}" stroke-opacity=".45"/>')
         parts.append(f'<circle class="point" cx="{x(100 * score.value):.1f}" cy="{y}" r="4.5"/>')
         if published is not None:
@@ -436,14 +436,14 @@ def _plot(results: Results, model: str | None) -> str:
 
 
 def _task_section(results: Results, task: TaskResult) -> str:
-    groups = f"<h3>By group</h3><div class=wide>{_html_table(group_rows(task))}</div>" if task.groups else ""
+    groups = f"<h3>By group</h3><div class=wide>{html_table(group_rows(task))}</div>" if task.groups else ""
     rows = "".join(
-        f"<tr><th scope=row>{_escape(name)}</th><td>{_escape(value)}</td></tr>"
+        f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>"
         for name, value in provenance_rows(results, task)
     )
     return (
-        f"<details><summary>{_escape(task.title)}: {percent(task.score)} {interval(task.score)}</summary>"
-        f"<p>{_escape(task.citation)}. Licence: {_escape(task.licence)}.</p>{groups}"
+        f"<details><summary>{escape(task.title)}: {percent(task.score)} {interval(task.score)}</summary>"
+        f"<p>{escape(task.citation)}. Licence: {escape(task.licence)}.</p>{groups}"
         f"<h3>Settings and provenance</h3><div class=wide><table><tbody>{rows}</tbody></table></div></details>"
     )
 

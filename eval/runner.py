@@ -380,23 +380,49 @@ def _judge(
     sample: Sample, completion: Completion, benchmark: Benchmark, settings: Settings, opened: bool | None
 ) -> tuple[Graded, str]:
     """The verdict, and the state of the thought ("" where nothing was generated)."""
-    if completion.finish_reason == "failed":
-        said = without_quotes(completion.error or "") if benchmark.confidential else completion.error
-        return Graded("failed", None, f"no completion: {said}", benchmark.grader), ""
-    if settings.mode == "loglikelihood":
+    if settings.mode == "loglikelihood" and completion.finish_reason != "failed":
         return _likeliest(sample, completion), ""
+    return grade_text(
+        completion,
+        opened,
+        lambda answer: benchmark.grade(sample, answer, settings.chain),
+        benchmark.grader,
+        confidential=benchmark.confidential,
+    )
+
+
+def grade_text(
+    completion: Completion,
+    opened: bool | None,
+    grade: Callable[[str], Graded],
+    grader: str,
+    *,
+    confidential: bool = False,
+    passing: type[Exception] | tuple[type[Exception], ...] = (),
+) -> tuple[Graded, str]:
+    """What `grade` says of the answer in a completion, and the state of its thought ("" where nothing was generated);
+    the rules are those of `grade_completion`.
+
+    `grader` stands on the verdicts for which `grade` is not asked. Errors of the types `passing` are raised: those that
+    are no fault of this sample.
+    """
+    if completion.finish_reason == "failed":
+        said = without_quotes(completion.error or "") if confidential else completion.error
+        return Graded("failed", None, f"no completion: {said}", grader), ""
     thought = split_thought(
         completion.text, opened=opened, reasoning=completion.reasoning, finish_reason=completion.finish_reason
     )
     if thought.state == "truncated":
-        return Graded("truncated", None, "the thought was not closed", benchmark.grader), thought.state
+        return Graded("truncated", None, "the thought was not closed", grader), thought.state
     cut = completion.finish_reason == "length"
     answer = complete_part(thought.answer) if cut else thought.answer
     try:
-        graded = benchmark.grade(sample, answer, settings.chain)
+        graded = grade(answer)
+    except passing:
+        raise
     except Exception as error:  # whatever a grader does, it is one sample's verdict and not the end of the run
-        said = type(error).__name__ if benchmark.confidential else f"{type(error).__name__}: {error}"
-        return Graded("failed", None, f"the grader failed: {said}", benchmark.grader), thought.state
+        said = type(error).__name__ if confidential else f"{type(error).__name__}: {error}"
+        return Graded("failed", None, f"the grader failed: {said}", grader), thought.state
     if cut and graded.verdict == "no_answer":
         graded = Graded("truncated", None, "the answer was cut by the budget", graded.grader)
     return graded, thought.state

@@ -93,6 +93,8 @@ def _line(model: type[BaseModel], error: Any) -> str:
         return f"{path} is unknown.{near} Known: {', '.join(sorted(fields))}"
     if error["type"] == "missing":
         return f"{path} is missing"
+    if error["type"] == "value_error":  # our own words, which name the value
+        return f"{path}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
     return f"{path}={error['input']!r}: {error['msg']}"
 
 

@@ -18,11 +18,17 @@ ALLOWED = {
         "math_verify", "latex2sympy2_extended", "sympy", "numpy", "scipy", "aiohttp", "pydantic", "yaml", "tqdm",
         "reasoning_gym", "lm_eval",
     },
+    "distill": {
+        "modeling_deepseek", "eval", "torch", "transformers", "tokenizers", "accelerate", "trl", "peft", "datasets",
+        "pyarrow", "numpy", "scipy", "pydantic", "datasketch", "py3langid", "reasoning_gym",
+    },
 }  # fmt: skip
 # The only files that may touch a model or a network, at the top or inside a function. The endpoint's client takes a
 # tokenizer from transformers, if one is asked for.
 TORCH = {"local_sampler.py", "decoding.py", "callback.py", "harness.py", "endpoint_sampler.py"}
 NETWORK = {"endpoint_sampler.py"}
+# Of distill, the files that train.
+TRAIN = {"student.py", "pretrain.py"}
 
 
 def imports(file: Path, *, top_level: bool = False) -> set[str]:
@@ -52,8 +58,16 @@ def test_only_the_samplers_know_torch_and_the_network():
         assert file.name in NETWORK or not imports(file) & {"aiohttp", "urllib", "http", "requests"}, file.name
 
 
+def test_only_the_student_knows_trl_and_only_training_knows_torch():
+    for file in (ROOT / "distill").rglob("*.py"):
+        assert file.name == "student.py" or not imports(file) & {"trl", "peft", "accelerate"}, file.name
+        assert file.name in TRAIN or not imports(file) & {"torch", "transformers", "modeling_deepseek"}, file.name
+        # `code_runner.py` takes the sockets away from what it runs.
+        assert not imports(file) & {"aiohttp", "urllib", "http", "requests"}, file.name
+
+
 def test_nothing_hides_the_builtin_eval():
-    for file in [*(ROOT / "eval").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+    for file in [file for folder in ("eval", "distill", "tests") for file in (ROOT / folder).rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 assert not any(alias.name.split(".")[0] == "eval" and not alias.asname for alias in node.names), file
@@ -73,5 +87,12 @@ HEAVY = "torch transformers sympy math_verify datasets aiohttp pyarrow scipy pan
 )
 def test_grading_needs_neither_a_model_nor_a_network(module):
     program = f"import sys; from eval import {module}; print([m for m in {HEAVY.split()} if m in sys.modules])"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert process.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["__main__", "recipe", "pipeline", "plan", "status", "why", "run_dir", "filtering"])
+def test_planning_and_looking_need_neither_a_model_nor_a_table(module):
+    program = f"import sys; from distill import {module}; print([m for m in {HEAVY.split()} if m in sys.modules])"
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert process.stdout.strip() == "[]"
