@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from distill.recipe import Decontaminate
 from distill.records import Decision, Problem, Trace
-from distill.words import LETTER, NUMBER, OPERATOR, Hashes, Words, hash_word, sequence, windows, words
+from distill.words import LETTER, NUMBER, OPERATOR, Hashes, Words, hash_text, sequence, windows, words
 from eval.benchmark import load
 from eval.sample import Record, Sample
 from eval.tasks import TASKS, get_task
@@ -34,7 +34,7 @@ PHRASE = 4  # words
 RECURS = (5, 1000)  # a phrase is boilerplate in more items than 5, or than one in a thousand
 TELLING = 5  # words of a question that, unique in its benchmark, needs no choices beside it
 
-_BLANK = np.uint64(hash_word(""))
+_BLANK = np.uint64(hash_text(""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +121,10 @@ class Index:
         for benchmark, group in groupby(samples, key=lambda sample: sample.task):
             read = []
             for sample in group:
-                for text in (sample.question, "\n".join((sample.question, *sample.choices))):
-                    exact.setdefault(sequence(words(text).hashes), len(items))
                 read.append(_read(sample, len(items)))
+                whole = words("\n".join((sample.question, *sample.choices))) if sample.choices else read[-1].question
+                for text in (read[-1].question, whole):
+                    exact.setdefault(sequence(text.hashes), len(items))
                 items.append((benchmark, sample.id))
             texts = {sequence(text.hashes): (one.item, text) for one in reversed(read) for text in one.texts()}
             evidence = _evidence(texts, len(read), ngram)
@@ -182,7 +183,7 @@ def _stands(whole: Whole, hashes: Hashes, positions: NDArray[np.intp], at: int) 
 
 
 def _holds(plain: Hashes, part: Hashes) -> bool:
-    return bool((windows(plain, len(part)) == np.uint64(sequence(part))).any())
+    return bool((windows(plain, len(part)) == windows(part, len(part))).any())
 
 
 # Building.
@@ -206,19 +207,18 @@ def _read(sample: Sample, item: int) -> _Item:
 
 def _evidence(texts: Mapping[int, tuple[int, Words]], items: int, ngram: int) -> dict[int, Hashes]:
     """The n-grams of each text that are evidence. A passage that many questions share is one text."""
-    plain = {key: text.without_operators() for key, (_, text) in texts.items()}
-    phrases = {key: windows(_blanked(text), PHRASE) for key, text in plain.items()}
-    seen = np.concatenate([np.unique(one) for one in phrases.values()])
-    found, counts = np.unique(seen, return_counts=True)
-    common = found[counts > max(RECURS[0], items // RECURS[1])]
+    seen = [np.unique(windows(_blanked(text.without_operators()), PHRASE)) for _, text in texts.values()]
+    phrases, counts = np.unique(np.concatenate(seen), return_counts=True)
+    common = phrases[counts > max(RECURS[0], items // RECURS[1])]
     evidence = {}
-    for key, text in plain.items():
-        boilerplate = np.zeros(len(text.hashes), np.int64)
-        for start in np.flatnonzero(_in(phrases[key], common)).tolist():
+    for key, (_, text) in texts.items():
+        plain = text.without_operators()
+        boilerplate = np.zeros(len(plain.hashes), np.int64)
+        for start in np.flatnonzero(_in(windows(_blanked(plain), PHRASE), common)).tolist():
             boilerplate[start : start + PHRASE] = 1
         sums = np.concatenate([[0], np.cumsum(boilerplate)])
         telling = (sums[ngram:] - sums[:-ngram]) * 2 <= ngram
-        evidence[key] = windows(text.hashes, ngram)[telling]
+        evidence[key] = windows(plain.hashes, ngram)[telling]
     return evidence
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.records import Decision, Problem, Trace
-from distill.words import Hashes, figures, folded, hash_word, mixed, sequence, windows, words
+from distill.words import Hashes, figures, folded, hash_text, mixed, sequence, windows, words
 
 PERMUTATIONS = 128
 SHINGLE = 3  # words
@@ -59,12 +59,12 @@ def _prompt(problem: Problem) -> Text:
     answer = problem.answer
     if problem.kind == "choice" and len(answer) == 1 and 0 <= (place := ord(answer) - ord("A")) < len(problem.choices):
         answer = problem.choices[place]  # the letter depends on the order
-    return Text(problem.id, text, (hash_word(f"{figures(text)} {sequence(_content(answer))}"),))
+    return Text(problem.id, text, (hash_text(f"{figures(text)} {sequence(_content(answer))}"),))
 
 
 def _trace(trace: Trace) -> Text:
     text = f"{trace.thought}\n{trace.response}"
-    return Text(trace.id, text, (hash_word(f"problem {trace.problem_id}"), figures(text)), rank=len(text))
+    return Text(trace.id, text, (hash_text(f"problem {trace.problem_id}"), figures(text)), rank=len(text))
 
 
 def shingles(text: str) -> NDArray[np.uint32]:
@@ -77,7 +77,7 @@ def shingles(text: str) -> NDArray[np.uint32]:
 def _content(text: str) -> Hashes:
     """The words, or the text as one word where it has nothing but symbols."""
     found = words(text).hashes
-    return found if len(found) else np.array([hash_word(" ".join(text.split()))], np.uint64)
+    return found if len(found) else np.array([hash_text(" ".join(text.split()))], np.uint64)
 
 
 def jaccard(one: NDArray[np.uint32], other: NDArray[np.uint32]) -> float:

@@ -19,6 +19,7 @@ from distill.recipe import Student
 from distill.run_dir import content_hash, fingerprint, read_json, replacing, write_json
 from eval.runner import Progress
 from eval.sample import Record
+from eval.thinking import CLOSE, OPEN
 
 BATCH = 64  # rows that are tokenised at once, 32k tokens each at the worst
 PROVEN = 64  # rows whose labels are decoded: what can be wrong is wrong for all of a tokenizer and template
@@ -135,7 +136,8 @@ class _Rows:
     ) -> None:
         self.student, self.tokenizer, self.max_length, self.stop_ids = student, tokenizer, max_length, stop_ids
         self.folder, self.total, self.progress = folder, total, progress
-        self.control_tokens = control_tokens(tokenizer)
+        marks = {token for token in student.add_tokens if token not in (OPEN, CLOSE)}
+        self.control_tokens = control_tokens(tokenizer) | {tokenizer.convert_tokens_to_ids(one): one for one in marks}
         self.seen = self.rows = self.too_long = self.control = self.no_answer = 0
         self.tokens = self.taught = self.longest = 0
 

@@ -29,30 +29,32 @@ FOREIGN_WORDS = 3  # in another script
 CLAUSE_WORDS = 6  # of Latin words in a row within another script
 SENTENCE_WORDS = 5
 
+# Words of two letters and more, and none that is an English word or a chemical symbol besides ("on", "as", "do", "no").
 FUNCTION_WORDS = {
     "English": "the of and is that this we with are which have then it to be by from if can there was but because "
     "would should what when so let's not for has its their these how",
-    "German": "der die das und ist nicht ein eine einen wir zu mit auf für also dass auch wenn dann aber oder von dem "
-    "den des im sich noch nur wie sind haben muss kann ergibt damit",
-    "French": "le la les des est et une nous que pour dans donc avec sur pas ce cette qui sont plus ou si mais alors "
-    "du on il elle au aux par je peut être ainsi comme",
-    "Spanish": "el la los las es y una que por para con entonces se lo pero como del son más si no este esta hay un "
-    "al porque también cuando donde tenemos cada",
-    "Portuguese": "o os as é e uma que por para com então se mas como do da dos das são mais não este esta há um ao "
-    "porque também quando onde temos cada isso pela pelo",
-    "Italian": "il lo la gli le è e una che per con quindi se ma come del della dei sono più non questo questa un al "
-    "perché anche quando dove abbiamo ogni di da",
-    "Dutch": "de het een en is niet wij we met op voor dus dat ook als dan maar of van te zijn deze dit nog naar bij "
-    "moet kan hebben wordt",
-    "Swedish": "och är att det som en ett inte vi med på för så om men av till den de har kan från eller när där",
-    "Polish": "i jest nie to że się na do z w jak ale czy dla od po tak więc jeśli przez oraz mamy które który",
-    "Turkish": "ve bir bu için ile da de ne daha çok ama gibi olarak var o kadar sonra eğer ise değil",
+    "German": "der das und ist nicht ein eine einen wir zu mit auf für dass auch wenn dann aber oder von dem im sich "
+    "noch nur wie sind haben muss kann ergibt damit bei zur zum wird",
+    "French": "le la les des est et une nous que pour dans donc avec sur pas ce cette qui sont ou si mais alors du il "
+    "elle aux par je peut être ainsi comme où ces",
+    "Spanish": "el la los las es una que por para con entonces lo pero como del más si este esta hay un porque también "
+    "cuando donde tenemos cada sus ser",
+    "Portuguese": "os é uma que por para com então se mas como da dos das são mais não este esta há um ao porque "
+    "também quando onde temos cada isso pela pelo na",
+    "Italian": "il lo la gli le è una che con quindi se ma del della dei sono più non questo questa un perché anche "
+    "quando dove abbiamo ogni di da si nel",
+    "Dutch": "de het een en niet wij voor dus dat ook als dan maar zijn deze dit nog naar bij moet kan hebben wordt "
+    "onze elke",
+    "Swedish": "och är att det som ett inte vi på för så om av till har från eller när där kan blir varje",
+    "Polish": "jest nie to że się na jak ale czy dla po tak więc jeśli przez oraz mamy które który jego",
+    "Turkish": "ve bir bu için ile da daha çok ama gibi olarak kadar sonra eğer ise değil her",
     "Vietnamese": "là và của có không một những các được cho trong với này đó thì ta để khi nếu vậy ra",
-    "Indonesian": "yang dan di dari untuk dengan ini itu adalah tidak kita akan pada dalam jadi maka karena juga bisa",
+    "Indonesian": "yang dan dari untuk dengan ini itu adalah tidak kita akan pada dalam jadi maka karena juga bisa",
 }
 _FUNCTION_WORDS = {language: frozenset(listed.split()) for language, listed in FUNCTION_WORDS.items()}
 
 _RUN = re.compile("|".join(f"(?P<{name}>[{characters}]+)" for name, characters in SCRIPTS.items()))
+_SIMPLIFIED = re.compile("[这们为么吗对时说请让还过进现发样从种虑应该问题间]")  # frequent, and not written in Japanese
 _LATIN_WORD = re.compile(rf"[{SCRIPTS['Latin']}]+(?:['’][{SCRIPTS['Latin']}]+)*")
 _NOT_LATIN = re.compile("[" + "".join(one for name, one in SCRIPTS.items() if name not in ("Latin", "Greek")) + "]+")
 _SENTENCE = re.compile(r"(?<=[.!?;:])\s+|[\n。！？；：]+")
@@ -115,11 +117,12 @@ def foreign_scripts(text: str, main: str, problem: str) -> str:
 
 
 def chinese_within_japanese(text: str, problem: str) -> str:
-    """A sentence of fifteen Chinese characters or more without any kana."""
+    """A sentence of Chinese characters without any kana: eight of them where one is simplified, else fifteen."""
     for sentence in _SENTENCE.split(text):
         runs = [(run.lastgroup, run[0]) for run in _RUN.finditer(sentence)]
-        han = "".join(run for script, run in runs if script == "Han")
-        if len(han) >= 15 and all(script != "Kana" for script, _ in runs) and han not in problem:
+        han = [run for script, run in runs if script == "Han"]
+        enough = sum(map(len, han)) >= (8 if _SIMPLIFIED.search(sentence) else 15)
+        if enough and all(script != "Kana" for script, _ in runs) and not all(run in problem for run in han):
             return f"{sentence.strip()[:60]} in Japanese"
     return ""
 
@@ -131,7 +134,7 @@ def latin_clauses(text: str, problem: str) -> str:
             found = [word.lower() for word in _LATIN_WORD.findall(piece)]
             if len(found) < CLAUSE_WORDS or _is_quoted(found, problem):
                 continue
-            if max(sum(word in listed for word in found) for listed in _FUNCTION_WORDS.values()) >= 2:
+            if max(hits(found).values(), default=0) >= 2:
                 return piece.strip()[:60]
     return ""
 
@@ -147,7 +150,9 @@ def foreign_sentences(text: str, problem: str) -> str:
     main = max(totals, key=lambda language: totals[language])
     for piece, counts in sentences:
         other, most = max(counts.items(), key=lambda item: item[1], default=(main, 0))
-        if most >= 3 and most >= 3 * counts.get(main, 0) and other != main and not _is_quoted(piece, problem):
+        own = counts.get(main, 0)
+        clear = (most >= 3 and most >= 3 * own) or (most == 2 and own == 0 and len(piece) >= 8)
+        if clear and other != main and not _is_quoted(piece, problem):
             return f"{' '.join(piece)[:60]}: {other} in {main}"
     return ""
 
@@ -163,8 +168,8 @@ def _pieces(sentence: str) -> Iterator[list[str]]:
 
 
 def hits(words: list[str]) -> dict[str, int]:
-    """How many words are function words of each language; languages without one are left out."""
-    counts = {language: sum(word in listed for word in words) for language, listed in _FUNCTION_WORDS.items()}
+    """How many different words are function words of each language; languages without one are left out."""
+    counts = {language: len(listed.intersection(words)) for language, listed in _FUNCTION_WORDS.items()}
     return {language: count for language, count in counts.items() if count}
 
 

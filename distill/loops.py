@@ -20,7 +20,7 @@ REPETITIONS = ((1, 20), (2, 10), (8, 6), (24, 4), (LONGEST_UNIT, 3))
 WITHOUT_WORDS = 300  # units of numbers and symbols alone: as many tokens of them; a matrix has rows of zeros
 TABLE_ROWS = 30  # equal rows of a table
 LONG_WORD = (60, 240)  # characters that a unit within a word covers: with letters, without
-REPEATED_SHARE = 0.5  # of the words stand in sentences that were there before: a text gone through twice has half
+REPEATED_SHARE = 0.6  # of the words stand in sentences that were there before; of a text gone through twice, half do
 REPEATED_WORDS = 60
 
 _TOKEN = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")

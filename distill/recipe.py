@@ -51,7 +51,7 @@ class ProblemSource(Strict):
     kind: Kind
     domain: str
     licence: str
-    limit: int | None = Field(None, gt=0)
+    limit: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ProblemSource":
@@ -81,19 +81,19 @@ class Engine(Strict):
     # transformers
     dtype: str = "auto"
     device_map: str | None = None
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(default=64, gt=0)
     trust_remote_code: bool = False
     chat_template: str | None = None  # a file, in place of the tokenizer's own
     # endpoint
     base_urls: list[str] = []
     api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = Field(64, gt=0)
-    timeout: float = Field(1800.0, gt=0)
-    retries: int = Field(8, ge=0)
+    concurrency: int = Field(default=64, gt=0)
+    timeout: float = Field(default=1800.0, gt=0)
+    retries: int = Field(default=8, ge=0)
     extra_body: dict[str, Any] = {}
     tokenizer: str | None = None
     # both
-    context_length: int | None = Field(None, gt=0)
+    context_length: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _where(self) -> "Engine":
@@ -107,17 +107,17 @@ class Engine(Strict):
 class Price(Strict):
     """Dollars, for the plan and the budget: a million tokens of an endpoint, or an hour of the machine."""
 
-    prompt_per_million: float = Field(0.0, ge=0)
-    completion_per_million: float = Field(0.0, ge=0)
-    machine_per_hour: float = Field(0.0, ge=0)
+    prompt_per_million: float = Field(default=0.0, ge=0)
+    completion_per_million: float = Field(default=0.0, ge=0)
+    machine_per_hour: float = Field(default=0.0, ge=0)
 
 
 class Budget(Strict):
     """Where generation stops, with what is there: completion tokens, dollars, hours of generation; null is no limit."""
 
-    tokens: int | None = Field(None, gt=0)
-    dollars: float | None = Field(None, gt=0)
-    hours: float | None = Field(None, gt=0)
+    tokens: int | None = Field(default=None, gt=0)
+    dollars: float | None = Field(default=None, gt=0)
+    hours: float | None = Field(default=None, gt=0)
 
 
 class Teacher(Engine):
@@ -131,7 +131,7 @@ class Teacher(Engine):
     system: str | None = None
     open_thought: bool = True
     temperature: float = Field(ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     max_tokens: int = Field(gt=0)
     correct: int = Field(gt=0)
     most: int = Field(gt=0)
@@ -158,9 +158,9 @@ class CodeTests(Strict):
     """Limits of one run of the tests, in a process of its own: no security boundary, and `allow` says that you know."""
 
     allow: bool = False
-    seconds: float = Field(10.0, gt=0)
-    memory_mb: int = Field(1024, gt=0)
-    file_mb: int = Field(16, ge=0)
+    seconds: float = Field(default=10.0, gt=0)
+    memory_mb: int = Field(default=1024, gt=0)
+    file_mb: int = Field(default=16, ge=0)
 
 
 class Judge(Engine):
@@ -170,16 +170,16 @@ class Judge(Engine):
     the same run); below `floor` agreement the run stops. `max_tokens` is for one judgement.
     """
 
-    votes: int = Field(3, gt=0)
-    temperature: float = Field(0.6, ge=0)
-    top_p: float = Field(0.95, gt=0, le=1)
-    max_tokens: int = Field(2048, gt=0)
-    calibration: int = Field(100, gt=0)
-    floor: float = Field(0.9, ge=0, le=1)
+    votes: int = Field(default=3, gt=0)
+    temperature: float = Field(default=0.6, ge=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    max_tokens: int = Field(default=2048, gt=0)
+    calibration: int = Field(default=100, gt=0)
+    floor: float = Field(default=0.9, ge=0, le=1)
 
 
 class Verify(Strict):
-    time_limit: float = Field(5.0, gt=0)  # seconds for one mathematical comparison
+    time_limit: float = Field(default=5.0, gt=0)  # seconds for one mathematical comparison
     code: CodeTests = CodeTests()
     judge: Judge | None = None
 
@@ -192,19 +192,19 @@ class Filter(Strict):
     numbers are our choice. null switches a filter off."""
 
     mixed_languages: bool = True
-    paragraph_characters: int | None = Field(4000, gt=0)
+    paragraph_characters: int | None = Field(default=4000, gt=0)
     code_blocks: bool = True
     code_block_kinds_allowed: list[Kind] = ["code"]
     repetition: bool = True
-    min_tokens: int | None = Field(None, gt=0)
-    max_tokens: int | None = Field(None, gt=0)
+    min_tokens: int | None = Field(default=None, gt=0)
+    max_tokens: int | None = Field(default=None, gt=0)
 
 
 class Deduplicate(Strict):
     """Jaccard similarity of character or word shingles from which two texts are near copies; null switches it off."""
 
-    prompts: float | None = Field(0.9, gt=0, le=1)
-    traces: float | None = Field(0.9, gt=0, le=1)
+    prompts: float | None = Field(default=0.9, gt=0, le=1)
+    traces: float | None = Field(default=0.9, gt=0, le=1)
 
 
 class Decontaminate(Strict):
@@ -212,7 +212,7 @@ class Decontaminate(Strict):
 
     benchmarks: list[str] | Literal["all"]
     data: str | None = None
-    ngram: int = Field(10, gt=0)
+    ngram: int = Field(default=10, gt=0)
 
 
 class Mix(Strict):
@@ -222,7 +222,7 @@ class Mix(Strict):
     unit: Literal["samples", "tokens"] = "samples"
     counts: dict[str, int] | None = None
     shares: dict[str, float] | None = None
-    total: int | None = Field(None, gt=0)
+    total: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _one_way(self) -> "Mix":
@@ -270,12 +270,12 @@ class Evaluate(Strict):
 
     tasks: list[str]
     protocol: str
-    k: int | None = Field(None, gt=0)
-    limit: int | None = Field(None, gt=0)
+    k: int | None = Field(default=None, gt=0)
+    limit: int | None = Field(default=None, gt=0)
     overrides: dict[str, Any] = {}
     data: str | None = None
     models: list[str] | None = None
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(default=64, gt=0)
 
 
 class Recipe(Strict):

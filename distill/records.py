@@ -97,6 +97,7 @@ REASONS: Mapping[str, Mapping[str, str]] = {
         "code_block": "a code block stands in the thought",
         "repetition": "the thought or the answer runs in a loop",
         "empty_thought": "there is nothing between the tags",
+        "empty_answer": "nothing follows the thought",
         "doubled_tags": "more than one thought, or a tag inside the thought or the answer",
         "cut": "the sample ended before its end of sequence",
         "too_short": "fewer tokens than the recipe wants",

@@ -61,9 +61,8 @@ def gather(run: RunDir) -> dict[str, Any]:
 
 
 def sources(run: RunDir, recipe: Mapping[str, Any], done: Sequence[str]) -> list[dict[str, Any]]:
-    """For each source: prompts kept, asked, solved (a right sample at least), samples, and the problems by
-    pass rate (right among asked), a count for each of
-    `RATE_LABELS`."""
+    """For each source: prompts kept, asked, solved (a right sample at least), samples, and the problems by pass rate
+    (right among asked), a count for each of `RATE_LABELS`."""
     if "prompts" not in done:
         return []
     counts: dict[str, Counter[str]] = {}

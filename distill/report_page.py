@@ -33,7 +33,7 @@ from eval.report import Page, escape, html_list, html_table
 MINUS = "\N{MINUS SIGN}"
 STAGES = {
     "problems": "well formed, not repeated",
-    "prompts": "no near copy, in no benchmark",
+    "prompts": "no copy, in no benchmark",
     "traces": "verified as right",
     "filter": "through the filters",
     "dedup": "no near copy",
@@ -97,7 +97,7 @@ def _tiles(report: Report) -> str:
         tiles.append((f"{lines['mix']['kept']:,}", "", "training examples"))
     if total["completion_tokens"]:
         tiles.append((short(total["completion_tokens"]), "", "tokens generated"))
-    spent = "" if total["dollars"] is None else f", ${total['dollars']:,.2f}"
+    spent = f", ${total['dollars']:,.2f}" if total["dollars"] else ""
     tiles.append((duration(total["seconds"]), "", f"for all stages{spent}"))
     return "".join(
         f"<div class=tile><b>{escape(value)} <small>{unit}</small></b><span>{escape(what)}</span></div>"
@@ -269,9 +269,10 @@ def _problems(report: Report) -> str:
     if not cards:
         return ""
     most, right = report["recipe"]["teacher"]["most"], report["recipe"]["teacher"]["correct"]
+    until = f"{right:,} {'is' if right == 1 else 'are'} right, {most:,} times at the most"
     return (
         "<p class=dim>Problems by their pass rate: the share of right samples among those asked. A problem is asked "
-        f"until {right:,} are right, {most:,} times at the most.</p><div class=cards>{''.join(cards)}</div>"
+        f"until {until}.</p><div class=cards>{''.join(cards)}</div>"
     )
 
 
@@ -311,7 +312,9 @@ def _training(report: Report) -> str:
     chart = ""
     if lines:
         colours = _colours(report)
-        keys = [_key(colours[name], f"{name}: {line[-1][1]:.3f} at the end") for name, line in lines.items()]
+        keys = [
+            _key(colours[name], f"{name}: from {line[0][1]:.3f} to {line[-1][1]:.3f}") for name, line in lines.items()
+        ]
         drawn = curves(lines, colours, "training loss by step")
         chart = f"<p class=legend>{''.join(keys)}</p>{drawn}<p class='dim under'>training loss by step</p>"
     table = f"<div class=wide>{html_table(student_rows(report), left=4)}</div>"

@@ -168,10 +168,10 @@ def cost_rows(report: Report) -> list[list[str]]:
     keys = ("asked", "reused", "prompt_tokens", "completion_tokens")
     for one in report["costs"]:
         counts = [optional(one[key]) for key in keys]
-        rows.append([one["stage"], seconds(one["seconds"]), *counts, optional(one["dollars"], ".2f", "$")])
+        rows.append([one["stage"], seconds(one["seconds"]), *counts, optional(one["dollars"] or None, ".2f", "$")])
     total = totals(report)
     counts = [optional(total[key]) for key in keys]
-    rows.append(["total", seconds(total["seconds"]), *counts, optional(total["dollars"], ".2f", "$")])
+    rows.append(["total", seconds(total["seconds"]), *counts, optional(total["dollars"] or None, ".2f", "$")])
     return rows
 
 

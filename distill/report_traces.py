@@ -10,7 +10,7 @@ from itertools import zip_longest
 from typing import Any
 
 from distill.funnel import UNITS, columns, fates, rows_where
-from distill.run_dir import RunDir
+from distill.run_dir import ROWS_PER_GROUP, RunDir
 
 TRACES, BYTES = 2000, 8_000_000
 PROMPT_STAGES = [stage for stage, unit in UNITS.items() if unit == "prompts"]
@@ -67,7 +67,7 @@ def _sizes(run: RunDir) -> Iterator[int]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(run / "traces.parquet") as file:
-        for batch in file.iter_batches(columns=["thought", "response"]):
+        for batch in file.iter_batches(ROWS_PER_GROUP, columns=["thought", "response"]):
             parts = (pyarrow.compute.binary_length(batch.column(name)).to_pylist() for name in ("thought", "response"))
             yield from map(sum, zip(*parts, strict=True))
 

@@ -33,6 +33,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
 from distill.batches import ByLength
@@ -50,6 +51,7 @@ from distill.run_dir import (
     write_json,
 )
 from distill.stages import signature as files_signature
+from eval.progress import Display
 from eval.runner import Progress
 from eval.yaml_files import nearest, validated
 from modeling_deepseek import DeepseekTrainerCallback  # importing the package also registers its Auto classes
@@ -140,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"{options.name!r} is no student of {recipe.name}.{nearest(options.name, recipe.students)}"
             )
-        train(recipe.students[options.name], **_arguments(run, recipe, options.name))
+        train(recipe.students[options.name], **_arguments(run, recipe, options.name), progress=Display())
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -187,6 +189,9 @@ def plan(student: Student, sft: Mapping[str, Any]) -> Plan:
             f"add_tokens={student.add_tokens} with an adapter: their embeddings would stay as they begin. Add "
             "modules_to_save: [embed_tokens, lm_head] to the adapter, or leave the tokens out"
         )
+    for name in ("config", "dtype", "revision", "trust_remote_code", "quantization_config"):
+        if name in sft.get("model_init_kwargs", {}):
+            raise ValueError(f"sft.model_init_kwargs.{name} cannot be set: the student has a field for it")
     tokenizer = load_tokenizer(student)
     config, generation = _configs(student)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -272,8 +277,7 @@ def train(
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch, 4),
         "batch": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
-        "parameters": trainer.model.num_parameters(),
-        "trained_parameters": trainer.model.num_parameters(only_trainable=True),
+        **_sizes(trainer.model),
     }
     log = [
         # TRL's num_tokens begins again at zero in a training that goes on.
@@ -284,11 +288,17 @@ def train(
     if log:
         counts["final_loss"] = log[-1]["loss"]
     if state.is_main_process:
+        unset_hf_deepspeed_config()  # or ZeRO-3 would shard what is loaded here, and wait for the other processes
         _write_model(planned, trained, folder)
         write_json(folder / "log.json", log)
         write_json(folder / "training" / "counts.json", counts)
     state.wait_for_everyone()
     return counts
+
+
+def _sizes(model: Any) -> dict[str, int]:
+    trained = model.num_parameters(only_trainable=True)
+    return {"parameters": model.num_parameters(), "trained_parameters": trained}
 
 
 def sft_config(planned: Plan, output_dir: Path) -> SFTConfig:
@@ -328,7 +338,7 @@ def _trainer(planned: Plan, arguments: SFTConfig, folder: Path, progress: Progre
 
         adapter = _checked(LoraConfig, {"task_type": "CAUSAL_LM", **student.adapter}, "adapter")
     set_seed(arguments.seed)
-    model = load_model(planned, quantization_config=quantization)
+    model = load_model(planned, quantization_config=quantization, **planned.sft.get("model_init_kwargs", {}))
     if not student.adapter and student.dtype == "auto" and arguments.deepspeed_plugin is None:
         model.float()  # DeepSpeed keeps a float32 copy of its own
     trainer = _Trainer(
@@ -355,13 +365,13 @@ def load_model(planned: Plan, **options: Any) -> Any:
             trust_remote_code=student.trust_remote_code,
             config=copy.deepcopy(planned.config),
             dtype=student.dtype,
-            **planned.sft.get("model_init_kwargs", {}),
             **options,
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"the model {student.model!r} cannot be loaded: {error}") from error
     # Not for a tokenizer that is larger by itself: what it has without a row is never used.
-    if student.add_tokens and len(planned.tokenizer) > model.get_input_embeddings().num_embeddings:
+    rows: Any = model.get_input_embeddings().num_embeddings
+    if student.add_tokens and len(planned.tokenizer) > rows:
         model.resize_token_embeddings(len(planned.tokenizer))
     return model
 
@@ -369,8 +379,11 @@ def load_model(planned: Plan, **options: Any) -> Any:
 class _Trainer(SFTTrainer):
     """SFTTrainer with batches of equal length that a resumed training, and every process, draws alike."""
 
+    def create_model_card(self, *arguments: Any, **more: Any) -> None:
+        """None in checkpoints: a tenth of a second each, for what nobody publishes."""
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or "length" not in dataset.column_names:
             return super()._get_train_sampler(train_dataset)
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size

@@ -39,12 +39,13 @@ _SYNONYMS = (
     (re.compile(r"(?<=[^\W\d_])['’](?=[^\W\d_])"), ""),  # don't
 )
 _NUMBER_PATTERN = r"\d+(?:\.\d+)?"
-# An operator stands before a number, a bracket or a variable of one letter, or ends the text; a hyphen between letters,
-# a bullet and the stars of Markdown are punctuation.
+# An operator other than = stands before a number, a bracket or a variable of one letter, or ends the text; a hyphen
+# between letters, a bullet, and the stars and rules of Markdown are punctuation.
 _OPERATOR_PATTERN = (
-    r"(?:[<>=]=|(?<!\*)\*(?!\*)|[-+/^<>=≤≥≠])(?=\s*(?:-?[\d.(\\{]|-?[^\W\d_](?![^\W\d_])|\?|$))|(?<=\d)%"
+    r"(?<![=<>])=(?!=)|(?<=\d)%"
+    r"|(?:[<>=]=|(?<!\*)\*(?!\*)|[-+/^<>≤≥≠])(?=\s*(?:-?[\d.(\\{]|-?[^\W\d_](?![^\W\d_])|\?|$))"
 )
-_WORD = re.compile(rf"(?P<number>{_NUMBER_PATTERN})|[{UNSPACED}]|[^\W\d_{UNSPACED}]+|(?P<operator>{_OPERATOR_PATTERN})")
+_WORD = re.compile(rf"{_NUMBER_PATTERN}|[{UNSPACED}]|[^\W\d_{UNSPACED}]+|{_OPERATOR_PATTERN}")
 _FIGURE = re.compile(
     rf"{_NUMBER_PATTERN}|{_OPERATOR_PATTERN}|(?<![^\W_])[b-hj-z](?![^\W_'’])"
     r"|[#@&~¬_]|[\u2190-\u22ff\u2300-\u27bf\u2900-\u2bff\U0001f300-\U0001faff]"
@@ -85,17 +86,23 @@ def words(text: str) -> Words:
     >>> words("8 - 3").kinds.tolist(), words("well-known").kinds.tolist()
     ([1, 2, 1], [0, 0])
     """
-    found = list(_WORD.finditer(normalized(text)))
-    return Words(
-        np.fromiter((hash_word(one[0]) for one in found), np.uint64, len(found)),
-        np.fromiter((_kind(one) for one in found), np.uint8, len(found)),
-    )
+    found = [_word(one) for one in _WORD.findall(normalized(text))]
+    return Words(np.array([one for one, _ in found], np.uint64), np.array([kind for _, kind in found], np.uint8))
 
 
-def _kind(found: re.Match[str]) -> int:
-    if found.lastgroup:
-        return NUMBER if found.lastgroup == "number" else OPERATOR
-    return LETTER if len(found[0]) == 1 and found[0].isascii() else WORD
+@lru_cache(maxsize=1 << 16)
+def _word(word: str) -> tuple[int, int]:
+    """Hash and kind of what `_WORD` found."""
+    if not word[0].isalnum():
+        return hash_text(word), OPERATOR
+    if word[0].isdigit():
+        return hash_text(word), NUMBER
+    return hash_text(word), LETTER if len(word) == 1 and word.isascii() else WORD
+
+
+def hash_text(text: str) -> int:
+    """64 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def figures(text: str) -> int:
@@ -107,13 +114,7 @@ def figures(text: str) -> int:
     found = _FIGURE.findall(normalized(text))
     drawn = (line.rstrip() for line in text.split("\n") if not _ALPHANUMERIC.search(line))
     found += [line for line in drawn if len(set(line)) > 1]  # "----" is a rule
-    return int.from_bytes(hashlib.blake2b("\n".join(found).encode(), digest_size=8).digest(), "little")
-
-
-@lru_cache(maxsize=1 << 16)
-def hash_word(word: str) -> int:
-    """64 bits, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+    return hash_text("\n".join(found))
 
 
 def windows(hashes: Hashes, length: int) -> Hashes:
@@ -125,8 +126,8 @@ def windows(hashes: Hashes, length: int) -> Hashes:
 
 
 def sequence(hashes: Hashes) -> int:
-    """One hash of all words in order; what `windows` gives for a text of just these words."""
-    return int(windows(hashes, len(hashes))[0]) if len(hashes) else 0
+    """One hash of all words in order."""
+    return int.from_bytes(hashlib.blake2b(hashes.tobytes(), digest_size=8).digest(), "little")
 
 
 def folded(parts: Iterable[Hashes]) -> Hashes:

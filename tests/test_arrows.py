@@ -28,7 +28,7 @@ ALLOWED = {
 TORCH = {"local_sampler.py", "decoding.py", "callback.py", "harness.py", "endpoint_sampler.py"}
 NETWORK = {"endpoint_sampler.py"}
 # Of distill, the files that train.
-TRAIN = {"student.py", "pretrain.py"}
+TRAIN = {"student.py", "batches.py", "pretrain.py"}
 
 
 def imports(file: Path, *, top_level: bool = False) -> set[str]:

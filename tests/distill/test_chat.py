@@ -1,5 +1,7 @@
 """What a student reads and writes is what inference asks and what the row says; what is not is refused."""
 
+# ruff: noqa: RUF001  # the wide bars of DeepSeek's tokens are meant
+
 import json
 from dataclasses import replace
 

@@ -57,6 +57,8 @@ def test_overrides(tmp_path):
         ("teacher.temperature=0", "temperature=0 gives the same sample 4 times"),
         ("teacher.correct=5", "correct=5 right samples cannot come from most=4"),
         ("teacher.prompt=hello", "prompt must hold {question}"),
+        ("teacher.prompt={math: '{question}', code: hello}", "prompt.code must hold {question}"),
+        ("teacher.prompt={maths: '{question}'}", "maths"),
         ("teacher.base_urls=[]", "engine: endpoint, which needs at least one"),
         ("teacher.base_urls.3=x", "'3' is none of the 1 places of a list"),
         ("name.first=x", "what stands before 'first' holds no keys"),
@@ -94,6 +96,26 @@ def test_a_prompt_that_begins_like_a_path_is_none(tmp_path):
     recipe = load_recipe(written(tmp_path), ["teacher.prompt=../{question}"])
     assert isinstance(recipe, Recipe)
     assert recipe.teacher.prompt == "../{question}"
+
+
+def test_a_path_in_an_override_is_meant_from_where_one_stands(tmp_path, monkeypatch):
+    recipe, here = written(tmp_path), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    read = load_recipe(recipe, ["problems.gsm8k.dataset=./rows.jsonl", "teacher.prompt={math: './{question}'}"])
+    assert isinstance(read, Recipe)
+    assert read.problems["gsm8k"].dataset == str(here / "rows.jsonl")
+    assert read.students["small"].model == str(tmp_path / "student")
+    assert read.teacher.prompt == {"math": "./{question}"}
+
+
+def test_a_name_with_dots_can_be_overridden(tmp_path):
+    recipe = written(tmp_path, RECIPE.replace("small:", "Qwen-1.5B:"))
+    read = load_recipe(recipe, ["students.Qwen-1.5B.sft.num_train_epochs=2", "students.Qwen-1.5B.target=answer"])
+    assert isinstance(read, Recipe)
+    assert list(read.students) == ["Qwen-1.5B"]
+    assert read.students["Qwen-1.5B"].target == "answer"
+    assert read.students["Qwen-1.5B"].sft == {"learning_rate": 2e-5, "num_train_epochs": 2}
 
 
 def test_fields_of_the_trainers_are_those_of_the_classes():

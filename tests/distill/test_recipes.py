@@ -18,6 +18,7 @@ from distill.problems import load_problems, messages
 from distill.recipe import PretrainRecipe, Recipe, load_recipe
 from distill.records import Problem
 from distill.run_dir import RunDir, read_json
+from eval import reasoning_gym_tasks as reasoning_gym
 from eval.prompts import boxed
 from eval.sample import Sample
 from tests.eval.data import DATA, needs_data
@@ -125,6 +126,16 @@ def test_r1_trains_in_batches_of_64_at_32k_with_a_cosine_to_a_tenth(name):
     assert ("rope_parameters" in student.config) == ("Qwen2.5-Math" in student.model)
 
 
+@pytest.mark.parametrize("name", DISTILL)
+def test_what_reasoning_gym_makes_can_be_made_and_its_own_answers_are_right(name):
+    for source in distill_recipe(name).problems.values():
+        if source.reasoning_gym is not None:
+            for row in reasoning_gym.problems(source.reasoning_gym, 2, 0, source.parameters):
+                sample = reasoning_gym.to_sample(row, 0, source.reasoning_gym)
+                own = f"<answer>{row['answer']}</answer>"
+                assert reasoning_gym.grade(sample, own, "", source.reasoning_gym).verdict == "correct"
+
+
 def test_the_teacher_is_asked_as_students_are_examined():
     sample = Sample(id="1", task="math500", question="1 + 1?", gold="2")
     for name in ("r1", "qlora_24gb", "gsm8k_endpoint"):
@@ -158,13 +169,14 @@ def rows_as_on_the_hub() -> dict[str, list[dict[str, Any]]]:
     sums, double, word = CODE
     numbers = [(3, 4), (10, 5), (20, 22), (7, 9), (13, 13), (100, 1)]
     stdin = {"input": ["1 2\n", "30 4\n"], "output": ["3\n", "34\n"]}
+    calls = {"fn_name": "double", "inputs": [[2]], "outputs": [4]}
     words = [{"fn_name": None, "input": "abc\n", "output": "cba\n", "type": "stdin_stdout"}]
     return {
         "openr1_math": [
             {"problem": f"What is the sum of {a} and {b}?", "answer": str(a + b), "solution": ""} for a, b in numbers
         ],
         "deepmath": [{"question": f"What is {a} times {b}?", "final_answer": str(a * b)} for a, b in numbers],
-        "taco": [{"question": double, "input_output": json.dumps({"fn_name": "double", "inputs": [[2]], "outputs": [4]})}],
+        "taco": [{"question": double, "input_output": json.dumps(calls)}],
         "code_contests": [{"description": sums, "generated_tests": stdin}],
         "verifiable_python": [
             {"problem_statement": word, "verification_info": {"language": "python", "test_cases": words}}
@@ -188,14 +200,29 @@ class Oracle:
 
     def __call__(self, prompt: str, noise: int) -> str:
         if "## Answer to be Evaluated" in prompt:
-            reference, _, rest = prompt.partition("## Reference Answer\n")[2].partition("\n\n## Answer to be Evaluated\n")
+            reference, _, rest = prompt.partition("## Reference Answer\n")[2].partition(
+                "\n\n## Answer to be Evaluated\n"
+            )
             answer = rest.partition("\n\n## Output Format")[0]
             right = answer.endswith((f"{{{reference}}}", f">{reference}</answer>"))
             self.asked["judge"] += 1
             return json.dumps({"analysis": "compared", "correctness": "correct" if right else "incorrect"})
         problem = next((one for question, one in self.problems.items() if prompt.startswith(question)), None)
         self.asked[problem.kind if problem else "unknown"] += 1
-        words = "first then also next after from these given values steps count check again each small part".split()
+        words = [
+            "first",
+            "then",
+            "also",
+            "next",
+            "after",
+            "these",
+            "given",
+            "values",
+            "steps",
+            "count",
+            "check",
+            "part",
+        ]
         thought = " ".join(words[(noise >> place) % len(words)] for place in range(0, 40, 2))
         reply = "\\boxed{0}" if problem is None or noise % 4 == 0 else self.right(problem)
         return f"<think>\nWe {thought} so it is done.\n</think>\n\n{reply}"
@@ -205,7 +232,9 @@ class Oracle:
             return f"```python\n{CODE[problem.question]}\n```"
         if problem.kind == "none":
             return "A few words, with care."
-        return f"<answer>{problem.answer}</answer>" if problem.kind == "reasoning_gym" else f"\\boxed{{{problem.answer}}}"
+        if problem.kind == "reasoning_gym":
+            return f"<answer>{problem.answer}</answer>"
+        return f"\\boxed{{{problem.answer}}}"
 
 
 @pytest.fixture
@@ -230,13 +259,18 @@ def base(tmp_path_factory) -> Path:
 
 def common(recipe: Recipe, server: StubServer, base: Path) -> list[str]:
     """What stands for every machine, model and long run that a recipe names."""
-    small = dict(max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=1, warmup_steps=0, bf16="false",
-                 optim="adamw_torch", logging_steps=1)  # fmt: skip
-    changes = [f"sft.{name}={value}" for name, value in small.items()] + ["sft.save_strategy='no'"]
+    small = dict(
+        max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=1, warmup_steps=0, bf16="false",
+        optim="adamw_torch", logging_steps=1,
+    )  # fmt: skip
+    changes = [*(f"sft.{name}={value}" for name, value in small.items()), "sft.save_strategy='no'"]
     changes += ["teacher.engine=endpoint", f"teacher.base_urls=[{server.url}]", f"teacher.model={server.model}"]
     for name in recipe.students:
         changes += [f"students.{name}.model={base}", f"students.{name}.launch=null", f"students.{name}.dtype=float32"]
         changes += [f"students.{name}.sft.activation_offloading=false"]
+    if recipe.verify.judge is not None:
+        judge = {"base_urls": f"[{server.url}]", "model": server.model, "calibration": 6}
+        changes += [f"verify.judge.{name}={value}" for name, value in judge.items()]
     changes += ["evaluate.limit=1", "evaluate.k=1", "evaluate.overrides={max_tokens: 4, temperature: 1.0}"]
     return changes
 
@@ -248,30 +282,32 @@ def local(source: str, file: Path) -> list[str]:
 
 def shrunk_quickstart(tmp_path: Path) -> list[str]:
     sizes = [f"problems.{name}.limit=6" for name in ("letter_counting", "chain_sum", "leg_counting")]
-    return [*sizes, "teacher.prompt='{question}'", "evaluate.tasks=[rg_chain_sum]", "decontaminate.benchmarks=[rg_chain_sum]",
-            "filter.max_tokens=null"]  # fmt: skip
+    few = ["evaluate.tasks=[rg_chain_sum]", "decontaminate.benchmarks=[rg_chain_sum]"]
+    return [*sizes, *few, "filter.max_tokens=null"]
 
 
 def shrunk_gsm8k_endpoint(tmp_path: Path) -> list[str]:
     # As its comment says to run it without the Hub.
-    return [f"problems.gsm8k.dataset={DATA / 'gsm8k'}", "problems.gsm8k.config=null", "problems.gsm8k.limit=12",
-            f"decontaminate.data={DATA}", f"evaluate.data={DATA}", "decontaminate.benchmarks=[gsm8k, aime24]"]  # fmt: skip
+    files = [f"problems.gsm8k.dataset={DATA / 'gsm8k'}", "problems.gsm8k.config=null"]
+    files += [f"decontaminate.data={DATA}", f"evaluate.data={DATA}"]
+    return [*files, "problems.gsm8k.limit=12", "decontaminate.benchmarks=[gsm8k, aime24]"]
 
 
 def shrunk_qlora_24gb(tmp_path: Path) -> list[str]:
     rows = rows_as_on_the_hub()["openr1_math"]
-    return [*local("openr1_math", written(tmp_path / "math.jsonl", rows)), "problems.knights_knaves.limit=4",
+    return [*local("openr1_math", written(tmp_path / "math.jsonl", rows)), "problems.knights_knaves.limit=1",
             f"decontaminate.data={DATA}", f"evaluate.data={DATA}", "decontaminate.benchmarks=[math500]"]  # fmt: skip
 
 
 def shrunk_r1(tmp_path: Path) -> list[str]:
     sources = rows_as_on_the_hub().items()
     changes = [one for name, rows in sources for one in local(name, written(tmp_path / f"{name}.jsonl", rows))]
-    logic = ("knights_knaves", "circuit_logic", "syllogism", "futoshiki")
-    return [*changes, *(f"problems.{name}.limit=2" for name in logic), "teacher.correct=2", "teacher.concurrency=8",
-            "verify.judge.base_urls=${judge}", "verify.judge.model=${model}", "verify.judge.calibration=6",
-            f"decontaminate.data={DATA}", f"evaluate.data={DATA}", "decontaminate.benchmarks=[aime24]",
-            "evaluate.tasks=[aime24]"]  # fmt: skip
+    # Tasks that are scored in this process stand for three of the puzzles: each of those starts a process of its own.
+    easy = {"circuit_logic": "gcd", "syllogism": "chain_sum", "futoshiki": "leg_counting"}
+    changes += [f"problems.{name}.{key}" for name, task in easy.items() for key in (f"reasoning_gym={task}", "limit=2")]
+    changes += [f"decontaminate.data={DATA}", f"evaluate.data={DATA}"]
+    changes += ["decontaminate.benchmarks=[aime24]", "evaluate.tasks=[aime24]"]
+    return [*changes, "problems.knights_knaves.limit=1", "teacher.correct=1"]
 
 
 SHRUNK: dict[str, Callable[[Path], list[str]]] = {
@@ -291,16 +327,14 @@ def written(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def finished(tmp_path, oracle, server, base):
     """Runs a shrunk recipe to its end, and once more; returns the recipe and its folder."""
 
-    def run(name: str) -> tuple[Recipe, RunDir]:
+    def run(name: str, students: Sequence[str] | None = None) -> tuple[Recipe, RunDir]:
         changes = [*common(distill_recipe(name), server, base), *SHRUNK[name](tmp_path)]
-        changes = [one.replace("${judge}", f"[{server.url}]").replace("${model}", server.model) for one in changes]
         recipe = distill_recipe(name, changes)
         oracle.problems = {one.question: one for one, decision in load_problems(recipe) if not decision.reason}
         folder, said = RunDir(tmp_path / "run"), []
-        assert run_recipe(recipe, folder) == ""
-        print({n: d.seconds for n, d in folder.manifest().items()})
+        assert run_recipe(recipe, folder, students=students) == ""
         calls = server.calls
-        run_recipe(recipe, folder, say=said.append)
+        run_recipe(recipe, folder, students=students, say=said.append)
         assert all(line.endswith("done before") for line in said)
         assert server.calls == calls
         return recipe, folder
@@ -324,7 +358,7 @@ def test_quickstart_runs(finished):
 
 @needs_data("gsm8k/train.jsonl", "gsm8k/test.jsonl", "aime24/test.jsonl")
 def test_gsm8k_endpoint_runs(finished, oracle):
-    recipe, run = finished("gsm8k_endpoint")
+    _, run = finished("gsm8k_endpoint")
     counts = run.manifest()["traces"].counts
     assert run.manifest()["problems"].counts["in"] == 12
     assert counts["kept"] == 24, "two right traces of each problem"
@@ -350,25 +384,28 @@ def test_qlora_24gb_runs(finished):
 
 @needs_data("aime24/test.jsonl")
 def test_r1_runs(finished, oracle):
-    recipe, run = finished("r1")
+    # Three of the six, which differ in all that a recipe says of a student.
+    chosen = ["Distill-Qwen-1.5B", "Distill-Qwen-14B", "Distill-Llama-70B"]
+    recipe, run = finished("r1", chosen)
     assert set(domains(run)) == set(PUBLISHED_SAMPLES), "a sample of each line of the mixture"
     assert {"math", "code", "text", "none", "reasoning_gym", "judge"} <= set(oracle.asked)
-    for name in PUBLISHED_STUDENTS:
+    for name in chosen:
         config = read_json(run / f"students/{name}/model/config.json")
         raised = "rope_parameters" in recipe.students[name].config
         assert config["rope_parameters"]["rope_theta"] == (300_000 if raised else 10_000)
         shown = read_json(run / f"students/{name}/labels.json")["shown"]
         assert "<｜User｜>" in shown  # noqa: RUF001
         assert "<｜Assistant｜><think>\n⟧We " in shown  # noqa: RUF001
-    assert recipe.evaluate is not None
-    assert results(run) == set(recipe.evaluate.models or ())
+    assert results(run) == {"Distill-Qwen-1.5B", "Distill-Qwen-14B"}
 
 
 @pytest.mark.parametrize("name", PRETRAIN)
 def test_a_pretraining_recipe_runs(name, tmp_path):
-    changes = ["model.hidden_size=32", "model.intermediate_size=32", "model.num_hidden_layers=2", "training.max_steps=2",
-               "training.per_device_train_batch_size=2", "training.disable_tqdm=true", "training.use_cpu=true",
-               "dtype=float32", "evaluate=null"]  # fmt: skip
+    changes = [
+        "model.hidden_size=32", "model.intermediate_size=32", "model.num_hidden_layers=2", "training.max_steps=2",
+        "training.per_device_train_batch_size=2", "training.disable_tqdm=true", "training.use_cpu=true",
+        "dtype=float32", "evaluate=null",
+    ]  # fmt: skip
     parts = yaml.safe_load(RECIPES[name].read_text(encoding="utf-8"))["corpus"]["parts"]
     changes += [f"corpus.parts.{place}.documents=4" for place in range(len(parts))]
     recipe = load_recipe(RECIPES[name], changes)

@@ -1,5 +1,7 @@
 """What TRL trains on is what was proven; a training that was stopped ends like one that was not."""
 
+# ruff: noqa: RUF001  # the wide bars of DeepSeek's tokens are meant
+
 import json
 import math
 from pathlib import Path
@@ -86,11 +88,11 @@ def test_trl_s_own_batches_hold_trace_answer_and_end(base, tmp_path, monkeypatch
 
 
 def test_a_student_learns_to_think_to_answer_and_to_stop(base, tmp_path):
-    sft = {**SFT, "num_train_epochs": 150, "logging_steps": 50}
-    counts = train(student(base), sft, rows(4), tmp_path / "student")
+    sft = {**SFT, "num_train_epochs": 80, "logging_steps": 40}
+    counts = train(student(base), sft, rows(2), tmp_path / "student")
     assert counts["final_loss"] < 0.1
     sampler = TransformersSampler.from_pretrained(tmp_path / "student" / "model")
-    for one in rows(4):
+    for one in rows(2):
         prompt = sampler.render(json.loads(one.messages), open_thought=True)
         ((_, completion),) = sampler.sample([Request(prompt, max_tokens=200)])
         assert completion.text == f"{one.thought}\n</think>\n\n{one.response}"
@@ -206,7 +208,7 @@ def test_packed_rows_have_the_loss_of_padded_ones(base, tmp_path):
 
 # Going on.
 
-RESUMED = {**SFT, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 2, "logging_steps": 2}
+RESUMED = {**SFT, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, "logging_steps": 2}
 
 
 class Killed(BaseException):
@@ -219,15 +221,15 @@ def test_a_killed_training_ends_like_one_that_was_not(base, tmp_path, monkeypatc
     """Killed in its second epoch: between checkpoints, or with the weights of one written and its optimizer not."""
     sft = {**RESUMED, "train_sampling_strategy": sampling}
     recipe = student(base, config={"attention_dropout": 0.1})  # noise that must go on too
-    whole = train(recipe, sft, rows(16), tmp_path / "whole")
-    assert whole["steps"] == 12
+    whole = train(recipe, sft, rows(12), tmp_path / "whole")
+    assert whole["steps"] == 6
 
     with monkeypatch.context() as patch:
         if at == "step":
             step = distill.student._Trainer.training_step
 
             def killed(self, *arguments, **more):
-                if self.state.global_step == 7:
+                if self.state.global_step == 5:
                     raise Killed
                 return step(self, *arguments, **more)
 
@@ -236,15 +238,15 @@ def test_a_killed_training_ends_like_one_that_was_not(base, tmp_path, monkeypatc
             save = distill.student._Trainer._save_optimizer_and_scheduler
 
             def killed(self, output_dir):
-                if self.state.global_step == 8:
+                if self.state.global_step == 4:
                     raise Killed
                 save(self, output_dir)
 
             patch.setattr(distill.student._Trainer, "_save_optimizer_and_scheduler", killed)
         with pytest.raises(Killed):
-            train(recipe, sft, rows(16), tmp_path / "killed")
+            train(recipe, sft, rows(12), tmp_path / "killed")
     training = tmp_path / "killed" / "training"
-    assert (training / "checkpoint-8").exists() is (at != "step")
+    assert (training / "checkpoint-4").exists()
 
     steps = []
     patched = distill.student._Trainer.training_step
@@ -253,8 +255,8 @@ def test_a_killed_training_ends_like_one_that_was_not(base, tmp_path, monkeypatc
         "training_step",
         lambda self, *arguments, **more: steps.append(self.state.global_step) or patched(self, *arguments, **more),
     )
-    counts = train(recipe, sft, rows(16), tmp_path / "killed")
-    assert steps[0] == 6  # from the last whole checkpoint, not from the start
+    counts = train(recipe, sft, rows(12), tmp_path / "killed")
+    assert steps[0] == (4 if at == "step" else 2)  # from the last whole checkpoint, not from the start
     assert counts == whole
     assert_equal_weights(tmp_path / "killed" / "model", tmp_path / "whole" / "model")
     assert read_json(tmp_path / "killed" / "log.json") == read_json(tmp_path / "whole" / "log.json")
@@ -262,10 +264,10 @@ def test_a_killed_training_ends_like_one_that_was_not(base, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("change", ["rows", "settings", "base"])
 def test_checkpoints_of_another_training_are_not_gone_on_from(base, tmp_path, monkeypatch, change):
-    train(student(base), RESUMED, rows(16), tmp_path / "student")
-    data, sft = rows(16), RESUMED
+    train(student(base), RESUMED, rows(12), tmp_path / "student")
+    data, sft = rows(12), RESUMED
     if change == "rows":
-        data = rows(17)[1:]
+        data = rows(13)[1:]
     elif change == "settings":
         sft = {**RESUMED, "learning_rate": 2e-2}
     else:
@@ -335,7 +337,8 @@ def test_a_deepseek_student_trains_its_mtp_modules_and_moves_its_bias(tmp_path):
         ({}, {"dataset_text_field": "text"}, "sft.dataset_text_field cannot be set: the rows are rendered"),
         ({}, {"output_dir": "x"}, "sft.output_dir cannot be set"),
         ({}, {"packing": True, "packing_strategy": "wrapped"}, "packing_strategy='wrapped' cuts examples"),
-        ({"config": {"rope_theta": 1e6}}, {}, "config.rope_theta is no field of Qwen2Config. It belongs into rope_parameters"),
+        ({"config": {"rope_theta": 1e6}}, {}, "config.rope_theta is no field of .* It belongs into rope_parameters"),
+        ({}, {"model_init_kwargs": {"dtype": "bfloat16"}}, "model_init_kwargs.dtype cannot be set"),
         ({"quantization": {"load_in_4bit": True}}, {}, "quantization without adapter"),
         ({"adapter": LORA, "add_tokens": ["<t>"]}, {}, r"add_tokens=\['<t>'\] with an adapter.*modules_to_save"),
         ({"model": "nowhere/at-all"}, {}, "the tokenizer of 'nowhere/at-all' cannot be loaded"),
@@ -367,7 +370,7 @@ def test_without_max_length_the_model_s_context_counts_and_not_trl_s_1024(base):
 
 def test_a_tokenizer_without_a_template_is_refused(tmp_path, base):
     (Path(base) / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="has no chat template.*give the student a chat_template"):
+    with pytest.raises(ValueError, match=r"has no chat template.*give the student a chat_template"):
         plan(student(base), SFT)
     template = str(FAMILIES["ours"][0])
     assert plan(student(base, chat_template=template), SFT).tokenizer.chat_template

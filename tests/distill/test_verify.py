@@ -83,7 +83,7 @@ def test_verdicts_are_those_of_an_evaluation():
     texts = [
         r"\boxed{2}", r"<think>\boxed{3}</think>\boxed{2.0}", "Answer: B", "B", "A or B", "", r"<think>\boxed{2}",
         "The answer is 2", "</think>Answer: B", r"\boxed{\frac{4}{2}}", r"\boxed{2", "(B)", "2 or 3", "I do not know",
-        "#### 2",
+        "#### 2", "Answer: D",
     ]  # fmt: skip
     for problem, benchmark in ((MATH, MATH500), (CHOICE, GPQA_DIAMOND)):
         shown = Sample(problem.id, benchmark.name, problem.question, problem.answer, choices=problem.choices)

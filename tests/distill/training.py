@@ -1,5 +1,7 @@
 """Rows of a dataset, tokenizers of four families of chat templates, and tiny bases to fine-tune."""
 
+# ruff: noqa: RUF001  # the wide bars of DeepSeek's tokens are meant
+
 import json
 import random
 from pathlib import Path
