@@ -5,6 +5,7 @@ generation, or completions failed: the same command goes on); 130 interrupted (t
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ EXIT_ERROR, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 3, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parsed(argv)
     try:
         status = int(arguments.command(arguments))
         sys.stdout.flush()
@@ -31,6 +32,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; what was made is kept, and the same command goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; `key=value` may stand before and after options, which argparse by itself does not allow."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    unknown = [one for one in rest if one.startswith("-") or "=" not in one or not hasattr(arguments, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,6 +117,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.dry_run:
         return _plan(arguments)
+    _quiet()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     run = RunDir(arguments.run_dir or Path("runs") / recipe.name)
     from eval.progress import Display
@@ -133,6 +147,15 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"incomplete: {missing}\nthe same command goes on from here", file=sys.stderr)
         return EXIT_INCOMPLETE
     return 0
+
+
+def _quiet() -> None:
+    """Bars of the libraries belong on a terminal. bitsandbytes warns, on import, of a kernel for 4-bit weights on CPU
+    that nothing here needs."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
 
 
 def _say(line: str) -> None:

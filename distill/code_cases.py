@@ -26,8 +26,9 @@ def read_tests(value: Any) -> list[Test]:
     """The tests in a data set's column, in the form of `Test`; ValueError where it holds none.
 
     Read are lists of `Test`; statements as text or a list of them (MBPP's `test_list`); `{"inputs", "outputs"}` with
-    or without `fn_name` (APPS, TACO), `{"input", "output"}` as lists of equal length (CodeContests), HumanEval's
-    `{"test", "entry_point"}`; each also as JSON text. What is read already comes back as it is.
+    or without `fn_name` (APPS, TACO; also a mapping for each test), `{"input", "output"}` as lists of equal length
+    (CodeContests), HumanEval's `{"test", "entry_point"}`; each also as JSON text. What is read already comes back as it
+    is.
     """
     if isinstance(value, str):
         try:
@@ -89,6 +90,8 @@ def _one(test: Any) -> Test:
     if isinstance(test, str):
         parsed(test)
         return test
+    if isinstance(test, Mapping) and test.get("fn_name") and "input" in test and "output" in test:
+        return _call(test["fn_name"], test["input"], test["output"])
     if isinstance(test, Mapping) and isinstance(test.get("input"), str) and isinstance(test.get("output"), str):
         return dict(test)
     if isinstance(test, Mapping) and isinstance(test.get("call"), str) and "value" in test:

@@ -18,7 +18,7 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,6 @@ class Text:
     """What is compared. Only rows that share a label, each at its place, can be near copies; of those that are, the one
     with the smallest `rank` stays, the first one among equals."""
 
-    id: str
     text: str
     labels: tuple[int, ...]
     rank: int = 0
@@ -45,13 +44,13 @@ class Text:
 
 def prompts(problems: Callable[[], Iterable[Problem]], threshold: float | None) -> Iterator[Decision]:
     """One decision a problem, in order: of near copies the first stays. None keeps all."""
-    return near_copies(lambda: (_prompt(one) for one in problems()), threshold)
+    return near_copies(problems, _prompt, threshold)
 
 
 def traces(rows: Callable[[], Iterable[Trace]], threshold: float | None) -> Iterator[Decision]:
     """One decision a trace, in order. Of near copies the best stays, and all are right: the shorter one (our choice;
     it costs less to learn and to write), the first one among equals. None keeps all."""
-    return near_copies(lambda: (_trace(one) for one in rows()), threshold)
+    return near_copies(rows, _trace, threshold)
 
 
 def _prompt(problem: Problem) -> Text:
@@ -59,25 +58,25 @@ def _prompt(problem: Problem) -> Text:
     answer = problem.answer
     if problem.kind == "choice" and len(answer) == 1 and 0 <= (place := ord(answer) - ord("A")) < len(problem.choices):
         answer = problem.choices[place]  # the letter depends on the order
-    return Text(problem.id, text, (hash_text(f"{figures(text)} {sequence(_content(answer))}"),))
+    return Text(text, (hash_text(f"{figures(text)} {' '.join(answer.casefold().split())}"),))
 
 
 def _trace(trace: Trace) -> Text:
     text = f"{trace.thought}\n{trace.response}"
-    return Text(trace.id, text, (hash_text(f"problem {trace.problem_id}"), figures(text)), rank=len(text))
+    return Text(text, (hash_text(f"problem {trace.problem_id}"), figures(text)), rank=len(text))
 
 
-def shingles(text: str) -> NDArray[np.uint32]:
-    """The set of hashes of three successive words, sorted. The ends are padded, so that every word is in three."""
-    ends = np.zeros(SHINGLE - 1, np.uint64)
-    found = windows(np.concatenate([ends, _content(text), ends]), SHINGLE)
-    return np.unique((found >> np.uint64(32)).astype(np.uint32))
-
-
-def _content(text: str) -> Hashes:
+def content(text: str) -> Hashes:
     """The words, or the text as one word where it has nothing but symbols."""
     found = words(text).hashes
     return found if len(found) else np.array([hash_text(" ".join(text.split()))], np.uint64)
+
+
+def shingles(found: Hashes) -> NDArray[np.uint32]:
+    """The set of hashes of three successive words, sorted. The ends are padded, so that every word is in three."""
+    ends = np.zeros(SHINGLE - 1, np.uint64)
+    hashes = windows(np.concatenate([ends, found, ends]), SHINGLE)
+    return np.unique((hashes >> np.uint64(32)).astype(np.uint32))
 
 
 def jaccard(one: NDArray[np.uint32], other: NDArray[np.uint32]) -> float:
@@ -103,13 +102,18 @@ def bands(threshold: float) -> tuple[int, int]:
     )
 
 
-def near_copies(rows: Callable[[], Iterable[Text]], threshold: float | None) -> Iterator[Decision]:
+R = TypeVar("R", Problem, Trace)
+
+
+def near_copies(
+    rows: Callable[[], Iterable[R]], read: Callable[[R], Text], threshold: float | None
+) -> Iterator[Decision]:
     """One decision a row, in order. A row is dropped where one that stays is a copy of smaller rank, or an earlier copy
     of the same rank."""
     if threshold is None:
         yield from (Decision(row.id) for row in rows())
         return
-    sketches = _sketch(rows(), *bands(threshold))
+    sketches = _sketch(rows(), read, *bands(threshold))
     if sketches is None:
         return
     found = _same_words(sketches)
@@ -120,7 +124,7 @@ def near_copies(rows: Callable[[], Iterable[Text]], threshold: float | None) -> 
         sets = _Sets(file, len(sketches.ids))
         for place, row in enumerate(rows()):
             if buckets.shared[place]:
-                sets.write(place, shingles(row.text))
+                sets.write(place, shingles(content(read(row).text)))
         near = _near(buckets, sketches, sets, threshold)
     # What a row repeats word for word may be a near copy of a third, which is the one that stays.
     found = {copy: near.get(original, (original, 1.0)) for copy, (original, _) in found.items()} | near
@@ -146,7 +150,7 @@ class _Sketches:
     bands: NDArray[np.uint32]  # [n, labels * bands]
 
 
-def _sketch(rows: Iterable[Text], count: int, width: int) -> _Sketches | None:
+def _sketch(rows: Iterable[R], read: Callable[[R], Text], count: int, width: int) -> _Sketches | None:
     from datasketch import MinHash  # imports scipy
 
     empty = MinHash(PERMUTATIONS, seed=1, hashfunc=int)
@@ -154,17 +158,18 @@ def _sketch(rows: Iterable[Text], count: int, width: int) -> _Sketches | None:
     ranks, marks, contents, banded = array("q"), array("Q"), array("Q"), array("I")
     numbers = np.arange(count, dtype=np.uint64)
     for row in rows:
-        signature = empty.copy()
-        found = shingles(row.text)
-        for start in range(0, len(found), 4096):  # datasketch takes 512 bytes for each
-            signature.update_batch(found[start : start + 4096].tolist())
-        values = signature.hashvalues[: count * width].astype(np.uint64).reshape(count, width)
-        labels = np.array(row.labels, np.uint64)
+        compared, signature = read(row), empty.copy()
+        found = content(compared.text)
+        hashes = shingles(found)
+        for start in range(0, len(hashes), 4096):  # datasketch takes 512 bytes for each
+            signature.update_batch(hashes[start : start + 4096].tolist())
+        values: Hashes = signature.hashvalues[: count * width].astype(np.uint64).reshape(count, width)
+        labels = np.array(compared.labels, np.uint64)
         by_label = mixed(folded([numbers, *values.T])[None, :] ^ labels[:, None])
         ids.append(row.id)
-        ranks.append(row.rank)
-        marks.extend(row.labels)
-        contents.append(int(folded([np.array([sequence(_content(row.text))], np.uint64), labels[-1:]])[0]))
+        ranks.append(compared.rank)
+        marks.extend(compared.labels)
+        contents.append(hash_text(f"{sequence(found)} {compared.labels[-1]}"))
         banded.frombytes((by_label >> np.uint64(32)).astype(np.uint32).tobytes())
     if not ids:
         return None

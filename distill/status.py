@@ -10,6 +10,9 @@ from distill.run_dir import Done, RunDir, read_json
 from eval.report import text_table
 from eval.store import Store
 
+SHOWN = ("rows", "steps", "epochs", "final loss", "tokens", "documents", "parameters", "samples")
+"""Counts of the stages that judge no rows: enough for a line; the report has them all."""
+
 
 def status(run: RunDir) -> str:
     """A line for each stage of the run's recipe; below, what is stored of a generation that has not finished."""
@@ -61,7 +64,7 @@ def _numbers(name: str, done: Done | None) -> list[str]:
             key.replace("_", " "): value for key, value in counts.items() if isinstance(value, int | float) and value
         }
         said = ", ".join(f"{value:,.4g} {key}" if isinstance(value, float) else f"{value:,} {key}"
-                         for key, value in shown.items() if key not in ("in", "kept"))  # fmt: skip
+                         for key, value in shown.items() if key in SHOWN)  # fmt: skip
     whole = [f"{counts[key]:,}" if key in counts else "" for key in ("in", "kept")]
     return [*whole, seconds(done.seconds), said]
 

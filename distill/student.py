@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -70,6 +70,11 @@ OWNED = {
     ),
 }  # fmt: skip
 """Fields of SFTConfig that a recipe may not set, and why."""
+RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""Old names of fields. Where the new one is set transformers ignores the old one, and warns of it where it is not."""
 
 
 # One student of a run.
@@ -177,6 +182,9 @@ def plan(student: Student, sft: Mapping[str, Any]) -> Plan:
     for name, why in OWNED.items():
         if name in sft:
             raise ValueError(f"sft.{name} cannot be set: {why}")
+    for old, new in RENAMED.items():
+        if old in sft and new in sft:
+            raise ValueError(f"sft.{old} and sft.{new} are one setting; keep {new}, the newer name")
     if sft.get("packing") and sft.get("packing_strategy", "bfd") != "bfd":
         raise ValueError(f"sft.packing_strategy={sft['packing_strategy']!r} cuts examples in two; use 'bfd'")
     if student.quantization is not None and not student.adapter:
@@ -305,13 +313,14 @@ def sft_config(planned: Plan, output_dir: Path) -> SFTConfig:
     """The recipe's SFTConfig. What TRL would do to rows is switched off; its other defaults stay."""
     packing = bool(planned.sft.get("packing"))
     values = {
+        "activation_checkpointing": True,  # TRL's default, which it sets under the old name
         "report_to": "none",
         "disable_tqdm": True,  # `progress` shows how far it is
         "save_total_limit": 2,
         "logging_nan_inf_filter": False,  # would log the mean of earlier losses in place of a NaN
         "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.accelerator.is_available(),
-        **planned.sft,
+        **{RENAMED.get(name, name): value for name, value in planned.sft.items()},
         # Rows are short enough already; packing is the one step that is left to TRL.
         "max_length": planned.max_length if packing else None,
         "dataset_kwargs": {"skip_prepare_dataset": not packing},
@@ -324,7 +333,7 @@ def sft_config(planned: Plan, output_dir: Path) -> SFTConfig:
 def _prepare(planned: Plan, rows: Iterable[Row], folder: Path, source: str, progress: Progress | None) -> Prepared:
     return prepare(
         planned.student, planned.max_length, planned.stop_ids, rows, folder,
-        source=source, tokenizer=planned.tokenizer, progress=progress,
+        total=len(rows) if isinstance(rows, Sized) else 0, source=source, tokenizer=planned.tokenizer, progress=progress,
     )  # fmt: skip
 
 

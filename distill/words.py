@@ -31,7 +31,9 @@ _LAYOUT = re.compile(
     r"text(?:bf|it|rm|normal)?|math(?:rm|bf|it|bb|cal|sf)|operatorname|mbox|hbox)(?![a-z])\*?|\\[,;:! ]"
 )
 _SYNONYMS = (
+    (re.compile(r"^[ \t>]*[-*+•][ \t]+", re.MULTILINE), " "),  # bullets
     (re.compile(r"\\[dt](frac|binom)(?![a-z])"), r"\\\1"),
+    (re.compile(r"\\(frac|binom)\s*(\d)(?=\d)"), r"\\\1 \2 "),
     (re.compile(r"\\(?:times|cdot|ast)(?![a-z])|[×·∙⋅]"), "*"),
     (re.compile(r"\\div(?![a-z])|÷"), "/"),
     (re.compile(r"[−–](?=\s*\d)"), "-"),
@@ -43,7 +45,7 @@ _NUMBER_PATTERN = r"\d+(?:\.\d+)?"
 # between letters, a bullet, and the stars and rules of Markdown are punctuation.
 _OPERATOR_PATTERN = (
     r"(?<![=<>])=(?!=)|(?<=\d)%"
-    r"|(?:[<>=]=|(?<!\*)\*(?!\*)|[-+/^<>≤≥≠])(?=\s*(?:-?[\d.(\\{]|-?[^\W\d_](?![^\W\d_])|\?|$))"
+    r"|(?:[<>=]=|(?<![-*])[-*](?![-*])|[+/^<>≤≥≠])(?=\s*(?:-?[\d.(\\{]|-?[^\W\d_](?![^\W\d_])|\?|$))"
 )
 _WORD = re.compile(rf"{_NUMBER_PATTERN}|[{UNSPACED}]|[^\W\d_{UNSPACED}]+|{_OPERATOR_PATTERN}")
 _FIGURE = re.compile(

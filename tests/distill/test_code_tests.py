@@ -97,6 +97,7 @@ def test_forms_of_tests_of_whole_programs(value):
         {"fn_name": "f", "inputs": [[1], [2]], "outputs": [2, 4]},  # APPS
         {"fn_name": "f", "inputs": [[1], [2]], "outputs": [[2], [4]]},  # APPS again
         {"fn_name": "f", "inputs": ["1", "2"], "outputs": ["2", "4"]},  # LiveCodeBench
+        [{"fn_name": "f", "input": "1", "output": "2"}, {"fn_name": "f", "input": [2], "output": 4}],  # one by one
         CALLS,
     ],
 )

@@ -18,7 +18,7 @@ from distill.batches import ByLength
 from distill.chat import MASKED
 from distill.recipe import Student
 from distill.run_dir import read_json
-from distill.student import plan, train
+from distill.student import plan, sft_config, train
 from eval.local_sampler import TransformersSampler
 from eval.samplers import Request
 from tests.distill.training import FAMILIES, family_tokenizer, row, rows, save_base
@@ -191,6 +191,18 @@ def test_a_row_that_would_be_taught_wrong_stops_before_anything_is_trained(base,
     assert not (tmp_path / "student" / "training" / "tokens.arrow").exists()
 
 
+# TRL's own settings.
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+@pytest.mark.parametrize("value", [True, False])
+def test_checkpointing_is_what_the_recipe_says_under_either_name(base, tmp_path, name, value):
+    sft = {key: one for key, one in SFT.items() if key != "gradient_checkpointing"}
+    arguments = sft_config(plan(student(base), {**sft, name: value}), tmp_path)
+    assert arguments.activation_checkpointing is arguments.gradient_checkpointing is value
+    assert sft_config(plan(student(base), sft), tmp_path).gradient_checkpointing, "TRL's default"
+
+
 # Packing.
 
 
@@ -338,6 +350,7 @@ def test_a_deepseek_student_trains_its_mtp_modules_and_moves_its_bias(tmp_path):
         ({}, {"output_dir": "x"}, "sft.output_dir cannot be set"),
         ({}, {"packing": True, "packing_strategy": "wrapped"}, "packing_strategy='wrapped' cuts examples"),
         ({"config": {"rope_theta": 1e6}}, {}, "config.rope_theta is no field of .* It belongs into rope_parameters"),
+        ({}, {"activation_checkpointing": True}, "are one setting; keep activation_checkpointing"),
         ({}, {"model_init_kwargs": {"dtype": "bfloat16"}}, "model_init_kwargs.dtype cannot be set"),
         ({"quantization": {"load_in_4bit": True}}, {}, "quantization without adapter"),
         ({"adapter": LORA, "add_tokens": ["<t>"]}, {}, r"add_tokens=\['<t>'\] with an adapter.*modules_to_save"),
@@ -412,5 +425,6 @@ def test_progress_is_told(base, tmp_path):
     train(student(base), SFT, rows(12), tmp_path / "student", progress=lambda *one: told.append(one))
     steps = [one for one in told if one[0] == "student: steps"]
     assert [one[1:3] for one in steps] == [(1, 3), (2, 3), (3, 3)]
+    assert ("student: tokens", 12, 12, "") in told
     assert steps[-1][3].startswith("loss ")
     assert math.isfinite(float(steps[-1][3].removeprefix("loss ")))
