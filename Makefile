@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+THREADS ?= 2
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 # Installed without what it asks for, which the lock holds but for pycosat: a C extension without wheels, used by one kind
@@ -18,8 +19,9 @@ export HF_HUB_OFFLINE = 1
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-quickstart: venv  ## the whole path on a bundled teacher: problems to an evaluated student and its report
-	$(BIN)/distill run recipes/quickstart.yaml $(ARGS)
+# More threads would only wait for each other: the models are tiny.
+quickstart: venv  ## the whole path on bundled tiny models, from problems to evaluated students and their report
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/distill run recipes/quickstart.yaml $(ARGS)
 	@echo "open runs/quickstart/report.html"
 
 test: venv  ## run the tests, without those marked slow

@@ -29,7 +29,7 @@ PILOT = "pilot.json"
 
 
 @dataclass(frozen=True)
-class Asking:
+class RunTeacher:
     """What it takes to ask the teacher of a run."""
 
     recipe: Recipe
@@ -77,13 +77,13 @@ class Asking:
 
 
 @contextmanager
-def asking(recipe: Recipe, run: RunDir, samples: Path, progress: Progress | None) -> Iterator[Asking]:
+def run_teacher(recipe: Recipe, run: RunDir, samples: Path, progress: Progress | None) -> Iterator[RunTeacher]:
     """The teacher, ready; its samples go to and come from the store `samples`. A judge has been calibrated."""
     with Store(samples) as store:
         judge = None
         if recipe.verify.judge is not None and any(one.kind == "text" for one in recipe.problems.values()):
             judge = Judging(recipe.verify.judge, open_engine(recipe.verify.judge), store, seed=recipe.seed)
-        model = Asking(recipe, run, progress, open_engine(recipe.teacher), store, Verifier(recipe.verify, judge))
+        model = RunTeacher(recipe, run, progress, open_engine(recipe.teacher), store, Verifier(recipe.verify, judge))
         model.calibrate()
         yield model
 
@@ -92,7 +92,7 @@ def run_shard(recipe: Recipe, run: RunDir, shard: tuple[int, int], progress: Pro
     """Asks the teacher part `shard` of the problems; the samples go to a store of their own, which the stage `traces`
     of any run folder of the recipe takes in. Returns what is incomplete."""
     run_recipe(recipe, run, progress=progress, until="prompts", say=say)
-    with only_run(run), asking(recipe, run, run / SHARD.format(*shard), progress) as model:
+    with only_run(run), run_teacher(recipe, run, run / SHARD.format(*shard), progress) as model:
         generated = model.generate(model.problems, shard=shard)
     say(f"shard {shard[0]} of {shard[1]}: {described(asdict(generated))}")
     return generated.incomplete
@@ -101,7 +101,7 @@ def run_shard(recipe: Recipe, run: RunDir, shard: tuple[int, int], progress: Pro
 def run_pilot(recipe: Recipe, run: RunDir, size: int, progress: Progress | None, say: Say) -> None:
     """Asks the teacher `size` problems, drawn at random, and notes what they took. A run uses the samples."""
     run_recipe(recipe, run, progress=progress, until="prompts", say=say)
-    with only_run(run), asking(recipe, run, run / SAMPLES, progress) as model:
+    with only_run(run), run_teacher(recipe, run, run / SAMPLES, progress) as model:
         chosen = cost.pilot(model.problems(), size, recipe.seed)
         started = time.monotonic()
         model.generate(lambda: chosen)

@@ -63,8 +63,13 @@ def stages(
     def decisions(name: str) -> str:
         return f"decisions/{name}.parquet"
 
-    def stage(name: str, work: Any, settings: Any, after: str, outputs: str, files: tuple[str, ...] = ()) -> Stage:
-        return Stage(name, partial(work, context), 1, settings, tuple(after.split()), tuple(outputs.split()), files)
+    def stage(
+        name: str, work: Any, settings: Any, after: str, outputs: str, files: tuple[str, ...] = (), version: int = 1
+    ) -> Stage:
+        """The version is raised when a stage makes something else of the same recipe."""
+        return Stage(
+            name, partial(work, context), version, settings, tuple(after.split()), tuple(outputs.split()), files
+        )
 
     problems = {name: source.model_dump() for name, source in recipe.problems.items()}
     listed = [
@@ -141,10 +146,10 @@ def clean_prompts(context: Context) -> Outcome:
 def sample_traces(context: Context) -> Outcome:
     """Asks the teacher until each problem has its right samples, and writes down each sample that this took."""
     from distill import teacher
-    from distill.generation import SAMPLES, SHARD, asking
+    from distill.generation import SAMPLES, SHARD, run_teacher
 
     recipe, run, counts = context.recipe, context.run, Counts("traces")
-    with asking(recipe, run, run / SAMPLES, context.progress) as model:
+    with run_teacher(recipe, run, run / SAMPLES, context.progress) as model:
         teacher.merge_stores(model.store, sorted(run.path.glob(SHARD.format("*", "*"))))
         generated = model.generate(model.problems)
         judged = ((trace, counts.counted(decision)) for trace, decision in model.traces())

@@ -333,7 +333,8 @@ def sft_config(planned: Plan, output_dir: Path) -> SFTConfig:
 def _prepare(planned: Plan, rows: Iterable[Row], folder: Path, source: str, progress: Progress | None) -> Prepared:
     return prepare(
         planned.student, planned.max_length, planned.stop_ids, rows, folder,
-        total=len(rows) if isinstance(rows, Sized) else 0, source=source, tokenizer=planned.tokenizer, progress=progress,
+        total=len(rows) if isinstance(rows, Sized) else 0, source=source, tokenizer=planned.tokenizer,
+        progress=progress,
     )  # fmt: skip
 
 

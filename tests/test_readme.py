@@ -16,7 +16,7 @@ def test_examples_run_in_order():
 
 def test_tree_names_every_module():
     tree = README[README.index("## What is where") :]
-    for folder in ("modeling_deepseek", "eval"):
+    for folder in ("modeling_deepseek", "eval", "distill"):
         for file in (ROOT / folder).glob("*.py"):
             assert file.name in tree, f"{file.name} is not in the README's tree"
     for name in re.findall(r"\b(\w+\.py)\b", tree):

@@ -13,7 +13,7 @@ from distill.recipe import Filter
 from distill.records import Problem
 from eval.sample import Sample
 from tests.distill.labelled import THOUGHTS
-from tests.distill.prompts import planted, problem, prose, question
+from tests.distill.prompts import planted, problem, prose
 from tests.distill.test_filtering import PROBLEM, TRACE
 
 COUNTS = (1_000, 10_000, 100_000)

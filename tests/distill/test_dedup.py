@@ -14,7 +14,7 @@ from distill import dedup
 from distill.records import REASONS, Decision, Problem, Trace
 from distill.words import figures
 from eval.reasoning_gym_tasks import DATASETS, problems
-from tests.distill.prompts import copy_of, planted, problem, question
+from tests.distill.prompts import copy_of, planted, problem, prose, question
 from tests.eval.data import DATA, needs_data
 
 
@@ -89,12 +89,9 @@ def test_case_punctuation_and_spacing_are_no_difference():
         ("Given: ¬P. What follows?", "Given: P ∧ Q. What follows?"),
     ],
 )
-@pytest.mark.parametrize(
-    "template", ["{}", "You are given a task. Think about it step by step, with care. " * 30 + "{}"]
-)
+@pytest.mark.parametrize("template", ["", f"{prose(1)} {prose(2)} {prose(3)}\n"], ids=["short", "long"])
 def test_other_figures_are_another_problem(one, other, template):
-    rows = [problem("a", template.format(one)), problem("b", template.format(other))]
-    assert reasons(rows) == ["", ""]
+    assert reasons([problem("a", template + one), problem("b", template + other)]) == ["", ""]
 
 
 def test_another_answer_is_another_problem():
@@ -160,12 +157,27 @@ def test_the_same_words_name_a_row_that_stays():
     assert reasons(rows) == ["", "a", "a"]
 
 
+def test_all_kept_rows_of_a_bucket_are_compared(monkeypatch):
+    """One bucket for all: bands of no width."""
+    rows = [one for one, _ in planted(30)]
+    for row in range(3):
+        rows.append(problem(f"again {row}", copy_of(rows[row * 5].question, random.Random(row))))
+    expected = reasons(rows)
+    monkeypatch.setattr(dedup, "bands", lambda threshold: (1, 0))
+    monkeypatch.setattr(dedup, "figures", lambda text: 0)
+    assert reasons(rows) == expected
+    assert expected[-3:] == [rows[0].id, rows[5].id, rows[10].id]
+
+
 def test_a_full_bucket_costs_copies_not_rows(monkeypatch):
     rows = [one for one, _ in planted(600)]
     whole = reasons(rows)
     monkeypatch.setattr(dedup, "CANDIDATES", 1)
     few = reasons(rows)
     assert {n for n, one in enumerate(few) if one} <= {n for n, one in enumerate(whole) if one}
+    monkeypatch.setattr(dedup, "CANDIDATES", 0)
+    exact = reasons([problem("a", "Why is it?"), problem("b", "Why is it"), *rows])
+    assert exact == ["", "a", *exact[2:]]  # the same words are found without any bucket
 
 
 def test_texts_without_words():

@@ -70,12 +70,11 @@ def test_configurations_are_what_accelerate_reads(config):
 
 def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path, capfd):
     base = save_base(tmp_path / "base")
+    launch = str(ROOT / "recipes" / "accelerate" / "cpu2.yaml")
     students = {
         "one": {"model": base, "sft": {"per_device_train_batch_size": 4}},
-        "two": {
-            "model": base, "sft": {"per_device_train_batch_size": 2}, "launch": str(ROOT / "recipes/accelerate/cpu2.yaml")
-        },
-    }  # fmt: skip
+        "two": {"model": base, "sft": {"per_device_train_batch_size": 2}, "launch": launch},
+    }
     run, recipe = run_of(tmp_path / "run", students)
     counts = {name: train_in_run(run, recipe, name) for name in students}
     assert counts["two"]["batch"] == counts["one"]["batch"] == 4

@@ -88,7 +88,7 @@ def test_trl_s_own_batches_hold_trace_answer_and_end(base, tmp_path, monkeypatch
 
 
 def test_a_student_learns_to_think_to_answer_and_to_stop(base, tmp_path):
-    sft = {**SFT, "num_train_epochs": 80, "logging_steps": 40}
+    sft = {**SFT, "num_train_epochs": 120, "logging_steps": 20}
     counts = train(student(base), sft, rows(2), tmp_path / "student")
     assert counts["final_loss"] < 0.1
     sampler = TransformersSampler.from_pretrained(tmp_path / "student" / "model")

@@ -67,6 +67,7 @@ def test_figures():
     grid = "Solve:\n#.#\n.#.\n"
     assert figures(grid) == figures("solve this:\n#.#\n.#.")
     assert figures(grid) != figures("Solve:\n#.#\n.##\n")
+    assert figures("Count:\n==  ==\n") != figures("Count:\n== == \n")
     assert figures("A cow, a pig and I.") == figures("The cow and the pig!")
     assert figures("1 then 2") != figures("2 then 1")
     assert figures("list\n----\n") == figures("list")
