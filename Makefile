@@ -22,7 +22,6 @@ help:  ## list the targets
 # More threads would only wait for each other: the models are tiny.
 quickstart: venv  ## the whole path on bundled tiny models, from problems to evaluated students and their report
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/distill run recipes/quickstart.yaml $(ARGS)
-	@echo "open runs/quickstart/report.html"
 
 test: venv  ## run the tests, without those marked slow
 	$(BIN)/python -m pytest

@@ -23,6 +23,7 @@ from distill.report_tables import (
 )
 from distill.report_traces import shown_traces
 from distill.run_dir import RunDir, replacing, write_json
+from distill.scores import ALL
 from eval.report import markdown_table, text_table
 
 REPORT_JSON, REPORT_MD, REPORT_HTML = "report.json", "report.md", "report.html"
@@ -40,13 +41,16 @@ def write(run: RunDir) -> dict[str, Any]:
 
 
 def summary(run: RunDir) -> str:
-    """What the terminal shows at the end of a run."""
+    """What the terminal shows at the end of a run: of several tasks, their mean; report.md has each."""
     report = gather(run)
+    report |= {
+        name: [one for one in report[name] if one["task"] == ALL] or report[name] for name in ("scores", "differences")
+    }
     parts = [text_table(funnel_rows(report), left=(0, 1, 4))] if report["funnel"] else []
     parts += [text_table(score_rows(report))] if report["scores"] else []
     parts += [text_table(difference_rows(report))] if report["differences"] else []
     parts += ["\n".join(f"- {line}" for line in notes(report))] if notes(report) else []
-    return "\n\n".join([f"{report['name']}: {headline(report)}", *parts])
+    return "\n\n".join([f"{report['name']}: {headline(report)}", *parts, f"{run / REPORT_HTML} shows all of it"])
 
 
 def markdown(report: Report) -> str:

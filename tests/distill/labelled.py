@@ -3,6 +3,8 @@ only look like it."""
 
 # ruff: noqa: E501, RUF001  # sentences stand as they are, in their scripts
 
+import random
+import re
 from collections.abc import Iterator
 
 # Five or six sentences each of plain thinking, written for this file.
@@ -88,7 +90,13 @@ NOT_MIXED = [
         "用 Breadth First Search 算法，先把起点放进 queue，然后依次取出每个节点，把它的邻居加入 queue，直到找到终点为止。",
         "",
     ),
+    ("根据 law of the excluded middle，命题要么为真，要么为假，所以这里只有两种情况需要讨论，答案是第一种。", ""),
+    (
+        "模型是 Bidirectional Long Short Term Memory Recurrent Neural Network，共有三层，参数量约为两百万，所以选第二个。",
+        "",
+    ),
     # English that quotes a word of the problem, or names one.
+    ("The word for tomorrow is 明天 in Chinese, so the boy speaks of Tuesday, which is the second answer.", ""),
     (
         "The word 明天 means tomorrow, and 昨天 means yesterday, so the boy who says 明天 means Tuesday.",
         "他说明天，不是昨天。",
@@ -184,6 +192,10 @@ def repetition() -> Iterator[tuple[bool, str]]:
     yield True, "The decimal is 0." + "142857" * 100
     yield True, "| a | b |\n" + "| no | no |\n" * 60
     yield True, "0 " * 1000
+    draw = random.Random(0)
+    for text in THOUGHTS.values():  # the same few sentences in any order
+        sentences = [one for one in re.split(r"(?<=[.。])\s*", text.replace("\n", " ")) if len(one) > 20][:4]
+        yield True, " ".join(draw.choice(sentences) for _ in range(24))
     for text in NO_LOOP:
         yield False, text
 

@@ -69,6 +69,7 @@ def test_other_texts_are_left_alone():
     assert [INDEX.match(prose(number)) for number in range(100, 200)] == [None] * 100
     assert INDEX.match("") is None
     assert INDEX.match("?!") is None
+    assert Index.build([item(0, "____")]).match("...") is None
 
 
 def test_n_is_a_setting():

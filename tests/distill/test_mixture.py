@@ -81,8 +81,9 @@ def test_the_draw_depends_on_the_seed_alone():
 
 @pytest.mark.parametrize("unit", ["samples", "tokens"])
 def test_a_larger_quota_takes_the_same_rows_and_more(unit):
-    few, many = (kept(Mix(unit=unit, counts={"math": quota, "code": quota})) for quota in (15, 30))
-    assert few < many
+    chosen = [kept(Mix(unit=unit, counts={"math": quota, "code": quota})) for quota in range(0, 300, 3)]
+    assert all(few <= many for few, many in zip(chosen, chosen[1:], strict=False))
+    assert len(set(map(len, chosen))) > 20
 
 
 def test_the_draw_is_fair():
@@ -104,3 +105,10 @@ def test_shortfall():
     assert [one.missing for one in table] == [70, 5, 0]
     assert shortfall(ROWS, kept(Mix()), Mix()) == [Share("code", 30, None, 30), Share("math", 60, None, 60)]
     assert [one.missing for one in shortfall(ROWS, set(), Mix())] == [0, 0]
+
+
+def test_a_last_row_that_does_not_fit_is_not_missing():
+    settings = Mix(unit="tokens", counts={"math": 100})
+    math = shortfall(ROWS, kept(settings), settings)[1]
+    assert math.asked == 100 > math.got
+    assert math.missing == 0

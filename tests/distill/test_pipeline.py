@@ -1,4 +1,4 @@
-"""The main job on a small scale, with the bundled teacher: each stage once, killed or not; a change runs what it must."""
+"""The main job on a small scale, with the bundled teacher: each stage once, killed or not; only what a change needs."""
 
 import os
 import random
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -77,9 +78,9 @@ def test_counts_add_up_from_stage_to_stage(finished):
         decisions = list(read_table(finished.decisions(stage), Decision))
         assert len(decisions) == counts["in"]
         assert sum(not one.reason for one in decisions) == counts["kept"]
-    for before, after in (("problems", "prompts"), ("traces", "filter"), ("filter", "dedup"), ("dedup", "decontaminate"),
-                          ("decontaminate", "mix"), ("mix", "dataset")):  # fmt: skip
+    for before, after in pairwise(["traces", "filter", "dedup", "decontaminate", "mix", "dataset"]):
         assert done[before].counts["kept"] == done[after].counts["in"]
+    assert done["problems"].counts["kept"] == done["prompts"].counts["in"]
 
 
 def test_the_dataset_holds_right_traces_alone_and_its_card_how_to_make_it(finished):
