@@ -27,8 +27,8 @@ ALLOWED = {
 # tokenizer from transformers, if one is asked for.
 TORCH = {"local_sampler.py", "decoding.py", "callback.py", "harness.py", "endpoint_sampler.py"}
 NETWORK = {"endpoint_sampler.py"}
-# Of distill, the files that train.
-TRAIN = {"student.py", "batches.py", "pretrain.py"}
+# Of distill, the files that train, or load the tokenizer to train with.
+TRAIN = {"student.py", "labels.py", "batches.py", "pretrain.py"}
 
 
 def imports(file: Path, *, top_level: bool = False) -> set[str]:

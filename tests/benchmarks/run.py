@@ -1,5 +1,6 @@
 """Measures our model against transformers' own DeepSeek-V3, and our sampler against lm-eval's `hf` model, on the same
-weights, the grader's verdicts a second, and what the traces of a teacher cost; prints the table.
+weights, the grader's verdicts a second, what the traces of a teacher cost and what cleaning them takes; prints the
+table.
 
     make bench                     every row
     make bench ROWS="decode load"  the rows whose name contains one of these words
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import distillation
+import filters
 import grading
 import rows
 import sampling
@@ -54,7 +56,7 @@ def main(words: list[str]) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {device}\n")
     print(f"{'row':58} {'ours':>12} {'theirs':>13} {'ratio':>8}  goal")
-    for name, measure in {**rows.ROWS, **sampling.ROWS, **grading.ROWS, **distillation.ROWS}.items():
+    for name, measure in {**rows.ROWS, **sampling.ROWS, **grading.ROWS, **distillation.ROWS, **filters.ROWS}.items():
         if words and not any(word in name for word in words):
             continue
         for row in measure(alternate):

@@ -148,7 +148,7 @@ def test_of_one_template_only_the_items_themselves_are_matched(dataset):
     for row in rows:
         assert index.match(row.question) is not None
         assert index.match(f"{BEFORE}{row.question}{AFTER}") is not None
-    others = [row["question"] for row in problems(dataset, 1000, 2)]
+    others = [row["question"] for row in problems(dataset, 500, 2)]
     false = [text for text in others if text.strip().lower() not in asked and index.match(text)]
     # A list of animals or a text may begin with all of a shorter one.
     assert len(false) <= (5 if dataset in ("leg_counting", "letter_counting") else 0), false
@@ -206,7 +206,7 @@ def recall(rows: Sequence[Sample], index: Index) -> dict[str, float]:
 @needs_data("math500/test.jsonl", "gsm8k/test.jsonl", "aime24/test.jsonl", "ceval/ceval.zip")
 def test_real_items_are_found():
     rows = samples("math500", "gsm8k", "aime24", "ceval", *(f"rg_{name}" for name in DATASETS))
-    found = recall(rows, Index.build(rows))
+    found = recall(rows[::3], Index.build(rows))
     assert found["verbatim"] == found["inside a text"] == 1
     assert min(found.values()) >= 0.98, found
 
@@ -216,7 +216,7 @@ def test_false_positives_on_real_problems():
     """Of GSM8K's training set, against its own test set and MATH-500: problems that share a sentence of ten words."""
     index = Index.build(samples("gsm8k", "math500"))
     with (DATA / "gsm8k/train.jsonl").open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+        rows = [json.loads(line) for line in file][::3]
     matched = [index.match(row["question"]) for row in rows]
     solved = [index.match(row["answer"]) for row in rows]
     assert sum(map(bool, matched)) <= 0.002 * len(rows)

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -22,8 +23,13 @@ def reasons(rows: Sequence[Problem], threshold: float | None = 0.9) -> list[str]
     return [one.detail.partition(",")[0] for one in dedup.prompts(lambda: rows, threshold)]
 
 
+@cache
+def shingles(text: str):
+    return dedup.shingles(dedup.content(text))
+
+
 def similarity(one: str, other: str) -> float:
-    return dedup.jaccard(*(dedup.shingles(dedup.content(text)) for text in (one, other)))
+    return dedup.jaccard(shingles(one), shingles(other))
 
 
 def trace(name: str, thought: str, response: str = "It is 4.") -> Trace:
@@ -35,7 +41,7 @@ def trace(name: str, thought: str, response: str = "It is 4.") -> Trace:
 
 
 def test_planted_copies_are_found_and_nothing_else():
-    rows = list(planted(3000))
+    rows = list(planted(1500))
     decisions = list(dedup.prompts(lambda: (one for one, _ in rows), 0.9))
     assert [one.id for one in decisions] == [one.id for one, _ in rows]
     copies = [place for place, (_, source) in enumerate(rows) if source is not None]
@@ -54,7 +60,7 @@ def test_the_decisions_are_those_of_comparing_all_pairs(threshold):
     """A chain of edits, so that a copy of a dropped row may itself stay."""
     draw = random.Random(1)
     rows: list[Problem] = []
-    for number in range(150):
+    for number in range(80):
         text = copy_of(draw.choice(rows[-3:]).question, draw) if rows and draw.random() < 0.7 else question(number)
         rows.append(problem(str(number), text))
     kept: list[Problem] = []
@@ -66,7 +72,7 @@ def test_the_decisions_are_those_of_comparing_all_pairs(threshold):
         expected.append(bool(found))
         if not found:
             kept.append(row)
-    assert 0 < sum(expected) < 150
+    assert 0 < sum(expected) < 80
     assert [bool(one.reason) for one in dedup.prompts(lambda: rows, threshold)] == expected
 
 
@@ -111,7 +117,7 @@ def test_the_letter_of_a_choice_is_no_answer():
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_problems_of_one_template_stay(dataset):
     """Only what is the same question is dropped."""
-    rows = [problem(str(n), row["question"], row["answer"]) for n, row in enumerate(problems(dataset, 400, 5))]
+    rows = [problem(str(n), row["question"], row["answer"]) for n, row in enumerate(problems(dataset, 200, 5))]
     decisions = list(dedup.prompts(lambda: rows, 0.9))
     seen: set[str] = set()
     for row, decision in zip(rows, decisions, strict=True):
@@ -126,7 +132,7 @@ def test_real_prompts_stay():
     from eval.gsm8k import TEST
 
     texts = [row["question"] for row in read_rows(replace(TEST, sha256=""), DATA / "gsm8k/train.jsonl", changed=True)]
-    rows = [problem(str(number), text, "") for number, text in enumerate(texts)]
+    rows = [problem(str(number), text, "") for number, text in enumerate(texts) if "gift" in text or number % 4 == 0]
     (copy,) = [one for one in dedup.prompts(lambda: rows, 0.8) if one.reason]
     original, _, value = copy.detail.partition(", similarity ")
     assert [texts[int(one)].split()[0] for one in (original, copy.id)] == ["Josie", "Amanda"]
@@ -170,7 +176,7 @@ def test_all_kept_rows_of_a_bucket_are_compared(monkeypatch):
 
 
 def test_a_full_bucket_costs_copies_not_rows(monkeypatch):
-    rows = [one for one, _ in planted(600)]
+    rows = [one for one, _ in planted(150)]
     whole = reasons(rows)
     monkeypatch.setattr(dedup, "CANDIDATES", 1)
     few = reasons(rows)

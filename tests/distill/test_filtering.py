@@ -11,6 +11,8 @@ from distill import filtering, languages, loops
 from distill.filtering import decide
 from distill.recipe import Filter
 from distill.records import REASONS, Problem, Trace
+from eval.benchmark import load
+from eval.tasks import TASKS
 from tests.distill.labelled import CODE, NO_CODE, THOUGHTS, mixed_languages, paragraphs, repetition
 from tests.eval.data import DATA, needs_data
 
@@ -166,6 +168,16 @@ def test_real_english_outputs():
     assert len(false) <= 0.002 * sum(ended), false
     cut = [one for one, whole in zip(loop, ended, strict=True) if not whole]
     assert sum(map(bool, cut)) >= 0.6 * len(cut), (sum(map(bool, cut)), len(cut))
+
+
+@needs_data("ceval/ceval.zip", "math500/test.jsonl")
+def test_real_questions_keep_their_language():
+    """Five questions with their choices or solutions are one text: Chinese with formulas, names and code, and English."""
+    for name in ("ceval", "math500"):
+        rows = load(TASKS[name], DATA)
+        texts = ["\n".join((one.question, *one.choices, str(one.meta.get("solution", "")))) for one in rows]
+        joined = ["\n".join(texts[place : place + 5]) for place in range(0, len(texts), 5)]
+        assert [found for text in joined if (found := languages.mixed_languages(text, ""))] == []
 
 
 def test_filters_are_linear_in_the_length():

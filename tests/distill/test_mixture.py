@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -82,7 +83,7 @@ def test_the_draw_depends_on_the_seed_alone():
 @pytest.mark.parametrize("unit", ["samples", "tokens"])
 def test_a_larger_quota_takes_the_same_rows_and_more(unit):
     chosen = [kept(Mix(unit=unit, counts={"math": quota, "code": quota})) for quota in range(0, 300, 3)]
-    assert all(few <= many for few, many in zip(chosen, chosen[1:], strict=False))
+    assert all(few <= many for few, many in pairwise(chosen))
     assert len(set(map(len, chosen))) > 20
 
 
