@@ -111,8 +111,8 @@ class TransformersSampler:
         model_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> "TransformersSampler":
-        """A model and its tokenizer from a folder or the Hub; `options` are those of the class. ValueError where it cannot
-        be loaded."""
+        """A model and its tokenizer from a folder or the Hub; `options` are those of the class. ValueError where it
+        cannot be loaded."""
         where = dict(revision=revision or "main", trust_remote_code=trust_remote_code)
         if device_map is None and torch.cuda.is_available():
             device_map = "auto"

@@ -172,7 +172,7 @@ def test_real_english_outputs():
 
 @needs_data("ceval/ceval.zip", "math500/test.jsonl")
 def test_real_questions_keep_their_language():
-    """Five questions with their choices or solutions are one text: Chinese with formulas, names and code, and English."""
+    """Five questions with their choices or solutions make a text: Chinese with formulas, names, code; and English."""
     for name in ("ceval", "math500"):
         rows = load(TASKS[name], DATA)
         texts = ["\n".join((one.question, *one.choices, str(one.meta.get("solution", "")))) for one in rows]
