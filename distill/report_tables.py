@@ -52,8 +52,8 @@ def notes(report: Report) -> list[str]:
     ]
     lines += [f"{name}: {note}" for name, one in report["students"].items() for note in one["notes"]]
     lines += [
-        f"{one['model']}: {100 * one['truncated']:.0f} % of its samples of {one['task']} were cut, or left their thought "
-        "open, and count as wrong"
+        f"{one['model']}: {100 * one['truncated']:.0f} % of its samples of {one['task']} were cut, or left their "
+        "thought open, and count as wrong"
         for one in report["scores"]
         if one["task"] != ALL and one["truncated"] >= 0.05
     ]
