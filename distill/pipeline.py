@@ -47,6 +47,7 @@ def run_recipe(
     is there stays, and the next run uses it.
     """
     listed = stages(recipe, run, progress=progress, students=students)
+    check(recipe)
     return run_stages(listed, recipe, run, until=until, say=say)
 
 
@@ -107,6 +108,27 @@ def stages(
                   () if trained else _local(engine.model, engine.chat_template))
         )  # fmt: skip
     return listed
+
+
+def check(recipe: Recipe) -> None:
+    """ValueError or FileNotFoundError for what a late stage would only find after hours: names of tasks, benchmarks and
+    protocols, settings of evaluation, files that are not there."""
+    from eval.protocols import get_protocol
+    from eval.tasks import get_task
+
+    if recipe.decontaminate is not None and recipe.decontaminate.benchmarks != "all":
+        for name in recipe.decontaminate.benchmarks:
+            get_task(name)
+    if recipe.evaluate is not None:
+        protocol = get_protocol(recipe.evaluate.protocol)
+        for name in recipe.evaluate.tasks:
+            protocol.settings(get_task(name), **recipe.evaluate.overrides)
+    paths = [recipe.teacher.model, recipe.teacher.chat_template]
+    for student in recipe.students.values():
+        paths += [student.model, student.chat_template, student.launch]
+    for path in paths:
+        if path is not None and Path(path).is_absolute() and not Path(path).exists():
+            raise FileNotFoundError(f"the recipe {recipe.name} names {path}, and there is no such file or folder")
 
 
 # The stages.

@@ -63,13 +63,11 @@ def _states(recipe: Recipe, run: RunDir) -> Iterator[list[str]]:
 
 def _generation(recipe: Recipe, run: RunDir) -> Iterator[str]:
     problems = _number_of_problems(recipe, run)
-    most = f"{problems * recipe.teacher.most:,}" if problems else f"{recipe.teacher.most} a problem"
-    least = f"{problems * recipe.teacher.correct:,}" if problems else f"{recipe.teacher.correct} a problem"
-    yield (
-        f"generation of {problems:,} problems: {least} to {most} samples"
-        if problems
-        else (f"generation: {least} to {most} samples (the number of problems is known after `--until prompts`)")
-    )
+    least, most = recipe.teacher.correct, recipe.teacher.most
+    if problems:
+        yield f"generation of {problems:,} problems: {problems * least:,} to {problems * most:,} samples"
+    else:
+        yield f"generation: {least} to {most} samples a problem (`--until prompts` counts the problems)"
     found = read_pilot(run)
     if found is None or not problems:
         yield "no pilot yet: `distill plan RECIPE --pilot 50` asks 50 problems and estimates tokens, hours and dollars"

@@ -60,3 +60,18 @@ def test_what_cannot_work_is_said_before_work_is_lost(tmp_path, capfd, override,
     said = capfd.readouterr().err.splitlines()[-1]
     assert said.startswith("error: ")
     assert message in said
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "evaluate.tasks=[rg_chain_sums]", "evaluate.protocol=deepseek-r2", "evaluate.overrides={max_token: 5}",
+        "decontaminate.benchmarks=[rg_chain_sums]", "students.on_traces.model=/nowhere/base",
+        "students.on_traces.launch=/nowhere/fsdp.yaml", "teacher.model=/nowhere/teacher",
+    ],
+)  # fmt: skip
+def test_what_a_late_stage_would_find_is_found_before_the_first(tmp_path, capfd, override):
+    run = tmp_path / "run"
+    assert main(["run", str(ROOT / "recipes/quickstart.yaml"), "--run-dir", str(run), override]) == EXIT_ERROR
+    assert "error: " in capfd.readouterr().err
+    assert not run.exists(), "nothing was begun"
