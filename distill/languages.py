@@ -58,9 +58,11 @@ _SIMPLIFIED = re.compile("[这们为么吗对时说请让还过进现发样从�
 _LATIN_WORD = re.compile(rf"[{SCRIPTS['Latin']}]+(?:['’][{SCRIPTS['Latin']}]+)*")
 _NOT_LATIN = re.compile("[" + "".join(one for name, one in SCRIPTS.items() if name not in ("Latin", "Greek")) + "]+")
 _SENTENCE = re.compile(r"(?<=[.!?;:])\s+|[\n。！？；：]+")
+# Formulas are bounded, so that an opening without an end costs no more than that.
 _NOT_PROSE = re.compile(
-    r"(?P<code>```.*?(?:```|\Z)|`[^`\n]*`)"
-    r"|\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\begin\{(\w+\*?)\}.*?\\end\{\2\}|\\[A-Za-z]+(?:\{[^{}]*\})*"
+    r"```.*?(?:```|\Z)|`[^`\n]*`"
+    r"|\$\$.{0,1500}?\$\$|\$[^$\n]*\$|\\\(.{0,1500}?\\\)|\\\[.{0,1500}?\\\]"
+    r"|\\begin\{(\w+\*?)\}.{0,1500}?\\end\{\1\}|\\[A-Za-z]+(?:\{[^{}]*\})*"
     r"|https?://\S+"
     r'|"[^"\n]{1,300}"|“[^”\n]{1,300}”|„[^“”\n]{1,300}[“”]|«[^»\n]{1,300}»|‘[^’\n]{1,300}’|「[^」\n]{1,300}」'
     r"|『[^』\n]{1,300}』|《[^》\n]{1,300}》|(?<!\w)'[^'\n]{1,100}'(?!\w)",

@@ -25,7 +25,6 @@ REPEATED_WORDS = 60
 
 _TOKEN = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 _HAS_WORD = re.compile(rf"[{UNSPACED}]|(?<![\\\w])[^\W\d_]{{2}}")  # a command of LaTeX is none
-_TABLE_ROW = re.compile(r"[^\n|]*\|[^\n|]*\|[^\n]*|.*&.*\\\\\s*(?:\\hline\s*)?")
 _WORD_UNIT = re.compile(r"(.{1,24}?)\1{7,}", re.DOTALL)
 _SENTENCE_END = re.compile(r"(?<=[.!?;:])\s+|[。！？；\n]+")  # noqa: RUF001  # full-width marks are meant
 
@@ -37,8 +36,13 @@ def find_loop(text: str) -> str:
     "'wait,' 40 times"
     """
     lines = text.split("\n")
-    prose = "\n".join(line for line in lines if not _TABLE_ROW.fullmatch(line))
+    prose = "\n".join(line for line in lines if not is_table_row(line))
     return equal_rows(lines) or repeated_unit(prose) or repeated_within_word(text) or repeated_sentences(prose)
+
+
+def is_table_row(line: str) -> bool:
+    """A row of Markdown, or of a LaTeX array."""
+    return line.count("|") >= 2 or ("&" in line and "\\\\" in line[-20:])
 
 
 def equal_rows(lines: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from distill import filtering, languages, loops
 from distill.filtering import decide
 from distill.recipe import Filter
 from distill.records import REASONS, Problem, Trace
+from distill.words import figures, words
 from eval.benchmark import load
 from eval.tasks import TASKS
 from tests.distill.labelled import CODE, NO_CODE, THOUGHTS, mixed_languages, paragraphs, repetition
@@ -180,9 +182,43 @@ def test_real_questions_keep_their_language():
     assert len(mixed) <= 1, mixed
 
 
-def test_filters_are_linear_in_the_length():
-    """A hundred thousand words in seconds: no filter looks at pairs, and no pattern backtracks over the text."""
-    words = THOUGHTS["English"].split()
-    text = "\n".join(" ".join(words[n % 7 : n % 7 + 12]) + f" {n}." for n in range(8000))
-    for odd in (text, "a" * 300_000, "$" * 100_000, '"' * 100_000, "\\begin{" * 20_000, "| " * 50_000, "《" * 50_000):
-        filtering.decide(replace(TRACE, thought=odd), PROBLEM, Filter(paragraph_characters=None, code_blocks=False))
+ODD = (
+    "a",
+    "$",
+    "$$ ",
+    '"',
+    "\\begin{",
+    "\\begin{a} ",
+    "\\[ ",
+    "\\( ",
+    "| ",
+    "& ",
+    "《",
+    "- ",
+    "<< ",
+    "'a",
+    "`",
+    "\n",
+    " ",
+    "```",
+)
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_no_text_is_slow(odd):
+    """A hundred thousand characters: no pattern begins again at each of them and runs to the end."""
+    thought = odd * (100_000 // len(odd)) + "x"
+    start = time.process_time()
+    settings = Filter(paragraph_characters=None, code_blocks=False)
+    filtering.decide(replace(TRACE, thought=thought), PROBLEM, settings)
+    languages.mixed_languages(thought, "")
+    words(thought), figures(thought)
+    assert time.process_time() - start < 5
+
+
+def test_long_thoughts_take_milliseconds():
+    lines = THOUGHTS["English"].split()
+    text = "\n".join(" ".join(lines[n % 7 : n % 7 + 12]) + f" {n}." for n in range(8000))
+    start = time.process_time()
+    filtering.decide(replace(TRACE, thought=text), PROBLEM, Filter())
+    assert time.process_time() - start < 5
