@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -230,7 +231,15 @@ def test_within_a_running_event_loop():
     assert {tag: one.text for tag, one in answers.items()} == {one.tag: expected(one) for one in requests(5, 2)}
 
 
-def test_a_caller_that_stops_leaves_nothing_running(caplog):
+@pytest.fixture
+def interruptible():
+    """What a shell starts in the background ignores SIGINT, and so would the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_caller_that_stops_leaves_nothing_running(caplog, interruptible):
     with StubServer(delay=5.0) as server:
         stream = sampler_of(server).sample(requests(40, 1))
         killer = threading.Timer(0.3, lambda: os.kill(os.getpid(), 2))
