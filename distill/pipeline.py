@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distill.recipe import Engine, Recipe, Student
+from distill.recipe import Engine, Recipe
 from distill.records import REASONS, Decision, Problem, Trace
 from distill.run_dir import RunDir, read_json, write_judged, write_table
 from distill.stages import Counts, Outcome, Say, Stage, run_stages
@@ -93,7 +93,7 @@ def stages(
         student = recipe.students[name]
         listed.append(
             stage(f"student:{name}", partial(train_student, name=name),
-                  [student.model_dump(exclude={"launch"}), sft_values(recipe, student)], "dataset",
+                  [student.model_dump(exclude={"launch"}), recipe.sft_of(name)], "dataset",
                   f"students/{name}/model students/{name}/labels.json students/{name}/log.json",
                   _local(student.model, student.chat_template))
         )  # fmt: skip
@@ -275,11 +275,6 @@ def evaluate_model(context: Context, name: str, engine: Engine) -> Outcome:
 
 
 # What they share.
-
-
-def sft_values(recipe: Recipe, student: Student) -> dict[str, Any]:
-    """The SFTConfig of a student: the recipe's, with what the student says in its place."""
-    return {"seed": recipe.seed, **recipe.sft, **student.sft}
 
 
 def models(recipe: Recipe, run: RunDir, students: Sequence[str]) -> dict[str, Engine]:

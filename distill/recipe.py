@@ -322,6 +322,10 @@ class Recipe(Strict):
                 raise ValueError(f"mix: no problems have the domain {name!r}.{nearest(name, domains)}")
         return self
 
+    def sft_of(self, name: str) -> dict[str, Any]:
+        """The SFTConfig of a student: the recipe's, with what the student says in its place."""
+        return {"seed": self.seed, **self.sft, **self.students[name].sft}
+
     def _sft_parts(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield "sft", self.sft
         for name, student in self.students.items():

@@ -97,7 +97,7 @@ def train_in_run(run: RunDir, recipe: Recipe, name: str, *, progress: Progress |
 def _arguments(run: RunDir, recipe: Recipe, name: str) -> dict[str, Any]:
     dataset = run / "dataset" / "train.parquet"
     return dict(
-        sft={"seed": recipe.seed, **recipe.sft, **recipe.students[name].sft},
+        sft=recipe.sft_of(name),
         rows=_Table(dataset),
         folder=run / "students" / name,
         source=content_hash(dataset),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distill.pipeline import run_recipe, sft_values
+from distill.pipeline import run_recipe
 from distill.plan import plan_text
 from distill.pretrain import run_pretrain
 from distill.problems import load_problems, messages
@@ -116,7 +116,7 @@ def test_r1_has_the_published_mixture_and_students():
 def test_r1_trains_in_batches_of_64_at_32k_with_a_cosine_to_a_tenth(name):
     recipe = distill_recipe("r1")
     student = recipe.students[name]
-    values = sft_values(recipe, student)
+    values = recipe.sft_of(name)
     devices = yaml.safe_load(Path(student.launch or "").read_text())["num_processes"]
     assert values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * devices == 64
     assert values["max_length"] == 32_768
