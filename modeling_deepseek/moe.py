@@ -8,12 +8,15 @@ in `tokens_per_expert` how many tokens chose each expert; `update_correction_bia
 turns the counts into the bias of the next step and starts them anew.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import _grouped_linear
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_deepseek import DeepseekConfig
@@ -209,6 +212,31 @@ def load_balancing_loss(
     return (f_NE * p_NE).sum() / (tokens_N > 0).sum().clamp(min=1)
 
 
+def run_experts(
+    project: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor],
+    act_fn: Callable[[torch.Tensor], torch.Tensor],
+    n_experts: int,
+    hidden_TD: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """The mixture (T, D) with its two matrix products left to `project`, for experts that are more than a weight
+    (quantised, with adapters).
+
+    `project("gate_up_proj" or "down_proj", rows, offsets)` multiplies each of the rows (T x K, in), which lie in the
+    order of their experts, by its expert's matrix; the rows of expert e end before `offsets[e]` (E,) int32.
+    """
+    top_k = top_k_index.shape[1]
+    expert_N, order_N = top_k_index.flatten().sort(stable=True)
+    offsets_E = torch.searchsorted(
+        expert_N, torch.arange(n_experts, device=expert_N.device), right=True, out_int32=True
+    )
+    gate, up = project("gate_up_proj", hidden_TD[order_N // top_k], offsets_E).chunk(2, dim=-1)
+    rows_ND = project("down_proj", act_fn(gate) * up, offsets_E) * top_k_weights.flatten()[order_N, None]
+    # Back into the order of the tokens, and a sum of fixed order there: `index_add` has none on CUDA.
+    return rows_ND[order_N.argsort()].unflatten(0, (-1, top_k)).sum(dim=1).to(hidden_TD.dtype)
+
+
 @use_experts_implementation
 class DeepseekExperts(nn.Module):
     """The routed experts as two tensors, `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F). Which kernel runs is
@@ -235,6 +263,10 @@ class DeepseekExperts(nn.Module):
             weighted = expert_output * top_k_weights[token, slot, None]
             output_TD = output_TD.index_add(0, token, weighted.to(output_TD.dtype))
         return output_TD
+
+    def project(self, name: str, rows_ND: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+        """One of the two matrix products, as `run_experts` asks for it."""
+        return _grouped_linear(rows_ND, getattr(self, name), offsets_E)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Accepts the Hub's layout (one tensor for each expert and projection) besides its own, since `Trainer`

@@ -12,7 +12,7 @@ from transformers.models.deepseek_v3 import DeepseekV3Config as LibraryV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
 from modeling_deepseek import DeepseekV3ForCausalLM, max_violation
-from modeling_deepseek.moe import DeepseekGate, DeepseekMoE, affinities, load_balancing_loss, route
+from modeling_deepseek.moe import DeepseekGate, DeepseekMoE, affinities, load_balancing_loss, route, run_experts
 from tests.tiny import FAMILIES, tiny_config, tiny_model, tokens
 
 EXPERTS = ["eager", "grouped_mm", "batched_mm"]
@@ -102,6 +102,16 @@ def moe_layer(family="v3", seed=0, experts_implementation="eager", **overrides) 
     if layer.gate.e_score_correction_bias is not None:
         layer.gate.e_score_correction_bias.normal_(std=0.1)
     return layer
+
+
+@pytest.mark.parametrize("n_tokens", [1, 40])
+def test_projecting_by_hand_equals_the_loop(n_tokens):
+    moe = moe_layer()
+    hidden_TD = torch.randn(n_tokens, moe.gate.weight.shape[1], generator=torch.Generator().manual_seed(3))
+    _, weights_TK, indices_TK = moe.gate(hidden_TD)
+    experts = moe.experts
+    by_hand = run_experts(experts.project, experts.act_fn, experts.num_experts, hidden_TD, indices_TK, weights_TK)
+    assert (by_hand - experts(hidden_TD, indices_TK, weights_TK)).abs().max() < 1e-5 * by_hand.abs().max()
 
 
 def hidden_states(batch=2, length=15, dtype=torch.float32) -> torch.Tensor:
