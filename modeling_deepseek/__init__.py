@@ -26,6 +26,7 @@ from .registration import register_auto_classes, unregister_auto_classes
 if TYPE_CHECKING:
     from .configuration_deepseek import PRESETS, DeepseekV2Config, DeepseekV3Config
     from .conversion import CheckpointError
+    from .counts import ParameterCount, count_parameters
     from .modeling_deepseek import (
         DeepseekV2ForCausalLM,
         DeepseekV2ForSequenceClassification,
@@ -46,6 +47,8 @@ _HOME = {
     "DeepseekV2Config": "configuration_deepseek",
     "DeepseekV3Config": "configuration_deepseek",
     "CheckpointError": "conversion",
+    "ParameterCount": "counts",
+    "count_parameters": "counts",
     "max_violation": "moe",
     "DeepseekTrainerCallback": "trainer_callback",
 }
@@ -71,6 +74,8 @@ __all__ = [
     "DeepseekV3ForTokenClassification",
     "DeepseekV3Model",
     "DeepseekV3PreTrainedModel",
+    "ParameterCount",
+    "count_parameters",
     "max_violation",
     "register_auto_classes",
     "unregister_auto_classes",
