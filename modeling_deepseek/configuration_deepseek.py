@@ -49,6 +49,8 @@ class DeepseekConfig(PreTrainedConfig):
         mla_path: "expanded", "absorbed", or "auto" (default): whichever costs fewer multiplications for the shapes.
         mla_workspace_mib: upper bound in MiB for the keys and values that inference expands from cached latents at a
             time; heads are processed in blocks below it.
+        logits_workspace_mib: upper bound in MiB for the float32 logits that exist at a time in training; a batch with
+            more gets its loss chunk by chunk, and no logits in its output (see `skip_logits` of the forward).
 
     Raises:
         ValueError: for a field that cannot be honoured, or values that exclude each other; the text names the field,
@@ -108,6 +110,7 @@ class DeepseekConfig(PreTrainedConfig):
     mtp_hidden_state: str = "after_norm"
     mla_path: str = "auto"
     mla_workspace_mib: int = 512
+    logits_workspace_mib: int = 512
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
     rope_parameters: dict | None = None
@@ -183,6 +186,7 @@ class DeepseekConfig(PreTrainedConfig):
         "moe_layer_freq",
         "ep_size",
         "mla_workspace_mib",
+        "logits_workspace_mib",
     )
     _NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (
         "num_nextn_predict_layers",

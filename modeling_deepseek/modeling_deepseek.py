@@ -18,7 +18,6 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
@@ -28,6 +27,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.generation import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
@@ -47,6 +47,7 @@ from .conversion import (
 )
 from .decoder_layer import DeepseekDecoderLayer
 from .layers import DeepseekRMSNorm
+from .losses import token_losses, tokens_at_once
 from .mla import DeepseekMLA
 from .moe import DeepseekExperts, DeepseekGate, DeepseekMoE, load_balancing_loss
 from .mtp import DeepseekMTPLayer, same_document, shift_left, targets_ahead
@@ -80,6 +81,7 @@ TRAVELLING_FILES = (
     "decoder_layer.py",
     "packing.py",
     "mtp.py",
+    "losses.py",
     "conversion.py",
     "modeling_deepseek.py",
 )
@@ -549,6 +551,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> DeepseekCausalLMOutput:
         """Logits (B, S, vocabulary), and with `labels` (B, S; -100 is ignored) the loss and its parts.
@@ -556,11 +559,16 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         No target crosses from one packed document (see `position_ids` of `DeepseekModel.forward`) into the next.
 
         Args:
+            skip_logits: with labels, compute the loss in chunks and return no logits (`logits=None`). By default so
+                in training (train mode, gradients on) where float32 logits would exceed
+                `config.logits_workspace_mib`, and never in evaluation. `model.loss_function` set by the user and
+                `logits_to_keep` want the logits, and get them.
             shift_labels: (B, S) targets already shifted by one, instead of shifting `labels`.
             num_items_in_batch: what the sums of token losses are divided by, instead of each mean of its own
                 (`Trainer` under gradient accumulation); the balance loss is then weighted by this batch's share.
 
         Raises:
+            ValueError: for `skip_logits=True` without labels, or where something else wants the logits.
             ValueError: with `labels` and MTP modules when the cache already holds tokens: the modules have not seen
                 them.
         """
@@ -577,7 +585,12 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         assert outputs.last_hidden_state is not None
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        with_labels = labels is not None or shift_labels is not None
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if self._skips_logits(skip_logits, with_labels, keeps_all, outputs.last_hidden_state):
+            logits = None
+        else:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         result = DeepseekCausalLMOutput(
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -585,7 +598,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
-        if labels is None and shift_labels is None:
+        if not with_labels:
             result.aux_loss = outputs.aux_loss
             return result
 
@@ -598,21 +611,26 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             **kwargs,
         }
         targets_BS = self.next_targets(labels, shift_labels, inputs)
-        n_targets = (targets_BS != -100).sum().to(logits.device)
-        items = n_targets if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=logits.device)
+        device = (outputs.last_hidden_state if logits is None else logits).device
+        n_targets = (targets_BS != -100).sum().to(device)
+        items = n_targets if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=device)
         items = items.clamp(min=1)  # where nothing is to be predicted the loss is 0, not 0 / 0
-        lm_loss = self.loss_function(
-            logits=logits,
-            labels=None,
-            vocab_size=self.config.vocab_size,
-            shift_labels=targets_BS,
-            num_items_in_batch=items,
-        )
+        if logits is None:
+            losses_BS = token_losses(self.lm_head, outputs.last_hidden_state, targets_BS, self._tokens_at_once)
+            lm_loss = losses_BS.sum() / items.to(losses_BS.device)
+        else:
+            lm_loss = self.loss_function(
+                logits=logits,
+                labels=None,
+                vocab_size=self.config.vocab_size,
+                shift_labels=targets_BS,
+                num_items_in_batch=items,
+            )
         loss, aux_loss = lm_loss, outputs.aux_loss
         if self.config.num_nextn_predict_layers and self.config.mtp_loss_weight > 0:
-            token_losses, mtp_balance = self.mtp_token_losses(outputs, targets_BS, inputs)
+            each_module, mtp_balance = self.mtp_token_losses(outputs, targets_BS, inputs)
             mtp_losses = []
-            for losses_BS, valid_BS in token_losses:
+            for losses_BS, valid_BS in each_module:
                 count = valid_BS.sum().clamp(min=1) if num_items_in_batch is None else items
                 mtp_losses.append(losses_BS.sum() / count)
             loss = loss + self.config.mtp_loss_weight * torch.stack(mtp_losses).mean().to(loss.device)
@@ -627,6 +645,25 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         result = DeepseekCausalLMOutput(loss=loss, **result, lm_loss=lm_loss.detach())
         result.aux_loss = aux_loss
         return result
+
+    def _skips_logits(
+        self, skip_logits: bool | None, with_labels: bool, keeps_all: bool, hidden_BSD: torch.Tensor
+    ) -> bool:
+        """The rule of `skip_logits` (see `forward`), for states of this many tokens."""
+        can_skip = with_labels and keeps_all and self.loss_function is ForCausalLMLoss
+        if skip_logits and not can_skip:
+            raise ValueError(
+                "`skip_logits=True` needs `labels` (or `shift_labels`), no `logits_to_keep` and no `loss_function` of "
+                "your own: leave it out to get the logits"
+            )
+        if skip_logits is not None:
+            return skip_logits
+        in_training = self.training and torch.is_grad_enabled()
+        return can_skip and in_training and hidden_BSD.shape[:-1].numel() > self._tokens_at_once
+
+    @property
+    def _tokens_at_once(self) -> int:
+        return tokens_at_once(self.config.logits_workspace_mib, self.config.vocab_size)
 
     def next_targets(
         self, labels_BS: torch.Tensor | None, shift_labels_BS: torch.Tensor | None, inputs: dict[str, Any]
@@ -685,11 +722,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             valid_BS = same_document(context.documents_BS, targets_BS, depth)
             if context.valid_BS is not None:  # neither padding, nor a last token that sees padding ahead
                 valid_BS = valid_BS & context.valid_BS & shift_left(context.valid_BS, depth, fill=False)
-            logits = self.lm_head(normed_BSD).float()
             ahead_BS = targets_ahead(targets_BS, context.documents_BS, depth).masked_fill(~valid_BS, -100)
-            ahead_BS = ahead_BS.to(logits.device)
-            token_losses = F.cross_entropy(logits.flatten(0, 1), ahead_BS.flatten(), reduction="none")
-            losses.append((token_losses.view_as(ahead_BS), ahead_BS != -100))
+            losses_BS = token_losses(self.lm_head, normed_BSD, ahead_BS, self._tokens_at_once)
+            losses.append((losses_BS, ahead_BS.to(losses_BS.device) != -100))
             if logits_TE is not None:
                 self.model.record_load(layer, indices_TK, valid_BS)
                 if outputs.aux_loss is not None:
