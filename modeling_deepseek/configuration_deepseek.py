@@ -71,6 +71,31 @@ class DeepseekConfig(PreTrainedConfig):
         "num_mtp_layers": "num_nextn_predict_layers",
         "router_aux_loss_coef": "aux_loss_alpha",
     }
+    # Attention is split by heads: what has no heads (both down-projections, their norms, the cached latents) is whole
+    # on every rank. "mla_kv_a_proj" sums the gradients of the rotary key, which reaches the heads of all ranks without
+    # passing through a split layer. `parallel.check_layout` says which numbers must divide.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.q_b_proj": "colwise",
+        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
+        "layers.*.self_attn.kv_b_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.mlp.shared_experts.gate_proj": "colwise",
+        "layers.*.mlp.shared_experts.up_proj": "colwise",
+        "layers.*.mlp.shared_experts.down_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.eh_proj": "colwise_gather_output",
+    }
+    base_model_ep_plan: ClassVar[dict[str, Any]] = {  # the library annotates it as a plan of stages
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
     base_model_pp_plan: ClassVar[dict[str, Any]] = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

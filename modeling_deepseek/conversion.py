@@ -102,17 +102,28 @@ class StoredTensor:
     def read(self) -> torch.Tensor:
         return self.handle.get_tensor(self.name)
 
+    def read_part(self, box: tuple[slice, ...]) -> torch.Tensor:
+        return self.handle.get_slice(self.name)[box]
+
     def __str__(self) -> str:
         return f"{self.name} in {self.file}"
 
 
 @dataclass(frozen=True)
 class LazyParameter:
-    """What transformers' loader takes for a tensor slice: indexing reads it, in final shape and dtype."""
+    """What transformers' loader takes for a tensor slice: indexing reads it, in final shape and dtype. A model that is
+    spread over ranks asks for a box of slices, one an axis, and `read_part` reads no more than that from the file."""
 
+    shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    read_part: Callable[[tuple[slice, ...]], torch.Tensor] | None = None
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        if self.read_part is not None and isinstance(index, tuple) and len(index) == len(self.shape):
+            return self.read_part(index)
         return self.read()[index]
 
 
@@ -252,15 +263,21 @@ class LoadingPlan:
             for expert in range(shape[0])
         ]  # fmt: skip
 
-        def read() -> torch.Tensor:
-            stacked = torch.empty(shape, dtype=dtype)
-            for expert, pair in enumerate(parts):
+        def read_part(box: tuple[slice, ...]) -> torch.Tensor:
+            experts, (start, stop, _), columns = parts[box[0]], box[1].indices(shape[1]), box[2]
+            stacked = torch.empty(len(experts), stop - start, len(range(*columns.indices(shape[2]))), dtype=dtype)
+            for expert, pair in enumerate(experts):
                 for half, part in enumerate(pair):
-                    assert part is not None
-                    stacked[expert, half * rows : (half + 1) * rows] = part[...]
+                    first, last = max(start, half * rows), min(stop, (half + 1) * rows)
+                    if first < last:
+                        assert part is not None
+                        within = slice(first - half * rows, last - half * rows)
+                        stacked[expert, first - start : last - start] = part[within, columns]
             return stacked
 
-        return None if any(part is None for pair in parts for part in pair) else LazyParameter(read)
+        if any(part is None for pair in parts for part in pair):
+            return None
+        return LazyParameter(tuple(shape), lambda: read_part((slice(None),) * 3), read_part)
 
     def _single(self, name: str, shape: torch.Size, dtype: torch.dtype, stacked: bool = False) -> LazyParameter | None:
         tensor = self.stored.get(name)
@@ -277,7 +294,10 @@ class LoadingPlan:
         if tensor.dtype not in ("F64", "F32", "F16", "BF16", "F8_E4M3"):
             raise CheckpointError(f"{tensor} is stored as {tensor.dtype}, which is no format of these models' weights")
         if tensor.dtype != "F8_E4M3":
-            return LazyParameter(lambda: tensor.read().to(dtype))  # a scale beside it stays unused, and is surplus
+            # A scale beside it stays unused, and is surplus.
+            return LazyParameter(
+                tensor.shape, lambda: tensor.read().to(dtype), lambda box: tensor.read_part(box).to(dtype)
+            )
         if scale is None:
             raise CheckpointError(f"{tensor} is in FP8, but its scales {tensor.name + SCALE_SUFFIX} are missing")
         self.used.add(name + SCALE_SUFFIX)
@@ -286,7 +306,9 @@ class LoadingPlan:
                 f"{scale} has shape {scale.shape}, but the weight's {tensor.shape} in blocks of {self.block_size} "
                 f"call for {scale_grid(tensor.shape, self.block_size)}; a wrong grid cannot be loaded"
             )
-        return LazyParameter(lambda: dequantize_blocks(tensor.read(), scale.read(), dtype, self.block_size))
+        return LazyParameter(
+            tensor.shape, lambda: dequantize_blocks(tensor.read(), scale.read(), dtype, self.block_size)
+        )
 
     def check_mtp_copies(self) -> None:
         """The file's copies of the shared embedding and head must be copies, since only the shared ones are loaded.

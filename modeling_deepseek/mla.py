@@ -20,10 +20,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
+from transformers.distributed.utils import is_dtensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_deepseek import DeepseekConfig
 from .layers import DeepseekRMSNorm
+from .parallel import summed_gradient
 from .rope import apply_rope, rope_magnitudes
 
 # Score matrices of the absorbed path are built for as many queries at a time as keep them under this many values
@@ -166,11 +168,14 @@ class DeepseekMLA(nn.Module):
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=bias)
 
     def kv_b_weight(self) -> torch.Tensor:
-        """[W_UK; W_UV] per head, (H, N + V, C). Read from the layer, or, where the layer is more than a weight
-        (adapters, quantised or offloaded layers), as its answer to the unit vectors."""
+        """[W_UK; W_UV] per head, (H, N + V, C); under tensor parallelism of this rank's heads. Read from the layer, or,
+        where the layer is more than a weight (adapters, quantised or offloaded layers), as its answer to the unit
+        vectors."""
         plain = type(self.kv_b_proj) is nn.Linear
         if plain and not self.kv_b_proj.weight.is_meta and not hasattr(self.kv_b_proj.weight, "ds_id"):  # DeepSpeed's
             weight = self.kv_b_proj.weight
+            if is_dtensor(weight):
+                weight = weight.to_local()
         else:
             reference = self.kv_a_layernorm.weight
             eye_CC = torch.eye(self.kv_lora_rank, dtype=reference.dtype, device=reference.device)
@@ -233,6 +238,9 @@ class DeepseekMLA(nn.Module):
 
     def _absorbed(self, q_nope, q_rope, c_kv, k_rope, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         kv_b_HEC = self.kv_b_weight()
+        split = getattr(self.kv_b_proj, "weight", None)
+        if is_dtensor(split):
+            c_kv = summed_gradient(c_kv, split.device_mesh)
         dropout = self.attention_dropout if self.training else 0.0
         if self.config._attn_implementation == "flex_attention":
             q_latent = torch.einsum("bhqn,hnc->bhqc", q_nope, kv_b_HEC[:, : self.qk_nope_head_dim])

@@ -25,6 +25,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 from transformers.generation import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -52,6 +53,7 @@ from .mla import DeepseekMLA
 from .moe import DeepseekExperts, DeepseekGate, DeepseekMoE, load_balancing_loss
 from .mtp import DeepseekMTPLayer, same_document, shift_left, targets_ahead
 from .packing import SequenceContext, documents, sequence_context
+from .parallel import check_layout, is_spread, rules_that_apply, whole_state
 from .rope import rope_angles, rope_frequencies, rope_magnitudes
 
 logger = logging.get_logger(__name__)
@@ -76,6 +78,7 @@ TRAVELLING_FILES = (
     "configuration_deepseek.py",
     "rope.py",
     "layers.py",
+    "parallel.py",
     "mla.py",
     "moe.py",
     "decoder_layer.py",
@@ -207,16 +210,36 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             Tokens per expert, (E,) int64, for each MoE layer's index (MTP modules count on from
             `num_hidden_layers`). `moe.max_violation` makes one number of it.
         """
+        # The ranks of a tensor parallel group have all counted the same tokens.
+        copies = 1 if group is not None else (self._tp_size or 1)
         return {
-            index: layer.mlp.gate.update_correction_bias(group)
+            index: mlp.gate.update_correction_bias(group) // copies
             for index, layer in enumerate(self.stack.layers)
-            if isinstance(layer, DeepseekDecoderLayer) and isinstance(layer.mlp, DeepseekMoE)
+            # A layer may be wrapped, or on another stage.
+            if isinstance(mlp := getattr(layer, "mlp", None), DeepseekMoE)
         }
 
     @property
     def stack(self) -> "DeepseekModel":
         """The decoder stack without a head: this model itself, or its `model`."""
         return cast(DeepseekModel, self.base_model)
+
+    # Several devices (parallel.py)
+
+    def init_parallel_plans(self) -> None:
+        super().init_parallel_plans()
+        self._tp_plan = rules_that_apply(self, self._tp_plan)
+        self._ep_plan = rules_that_apply(self, self._ep_plan)
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        check_layout(model.config, distributed_config)
+        if distributed_config.tp_size > 1 and distributed_config.tp_plan == {}:
+            # Experts alone. The library says to write it like this, and then finds that there is no plan.
+            distributed_config = dataclasses.replace(
+                distributed_config, tp_plan=dict.fromkeys(model.tp_plan, "replicate")
+            )
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     # Loading
 
@@ -261,15 +284,14 @@ class DeepseekPreTrainedModel(PreTrainedModel):
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         """transformers' own loading, fed with parameters that are read, stacked and dequantised one at a time.
-        Where its pieces must come from files themselves (shards for several devices, layers that quantise on load,
-        formats other than safetensors), theirs."""
+        Each rank of a model that is spread over devices reads its own part. Where the pieces must come from files
+        themselves (layers that quantise on load, formats other than safetensors), theirs."""
         config = model.config
         block_size = config.__dict__.pop("_fp8_block_size", None)
         plain = (
             checkpoint_files is not None
             and all(file.endswith(".safetensors") for file in checkpoint_files)
             and load_config.hf_quantizer is None
-            and load_config.device_mesh is None
             and not is_deepspeed_zero3_enabled()
         )
         if plain:
@@ -289,7 +311,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             load_config = dataclasses.replace(load_config, weight_mapping=[])
         elif block_size is not None:
             raise ValueError(
-                "an FP8 checkpoint can be loaded from safetensors files only, and not together with a device mesh or a "
+                "an FP8 checkpoint can be loaded from safetensors files only, and not together with a "
                 "quantization other than its own; load it once, save it without `fp8=True`, and load that"
             )
         result = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
@@ -322,13 +344,13 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         as_it_is = (
             getattr(self, "_hf_peft_config_loaded", False)
             or getattr(self, "hf_quantizer", None) is not None
-            or getattr(self.config, "distributed_config", None) is not None
             or any(parameter.is_meta for parameter in self.parameters())
             or kwargs.get("distributed_checkpoint", False)
         )
         if as_it_is and fp8:
             raise ValueError(
-                "`fp8=True` needs a whole model in memory, without adapters, quantisation, shards or offloading"
+                "`fp8=True` needs a whole model in memory, without adapters, quantisation, offloading or "
+                "`distributed_checkpoint`"
             )
         if save_code and kwargs.get("push_to_hub"):
             raise ValueError(
@@ -337,8 +359,10 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             )
         had_quantization = getattr(self.config, "quantization_config", None)
         had_auto_map = getattr(self.config, "auto_map", None)
+        layout = getattr(self.config, "distributed_config", None)
         if not as_it_is:
-            state_dict = self.state_dict() if state_dict is None else state_dict
+            if state_dict is None:
+                state_dict = whole_state(self) if is_spread(self) else self.state_dict()
             state_dict = dict(hub_tensors(self.config, state_dict, fp8))
             kwargs["save_original_format"] = False
         try:
@@ -355,17 +379,22 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                 self.config.auto_map = self._auto_map()
             elif had_auto_map and _names_missing_code(had_auto_map, save_directory):
                 del self.config.auto_map  # of the checkpoint that was loaded, whose code stays where it is
+            if layout is not None and not as_it_is:
+                del self.config.distributed_config  # or it would all be gathered once more
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
-            for name, value in (("quantization_config", had_quantization), ("auto_map", had_auto_map)):
+            restored = {"quantization_config": had_quantization, "auto_map": had_auto_map, "distributed_config": layout}
+            for name, value in restored.items():
                 if value is not None:
                     setattr(self.config, name, value)
                 elif hasattr(self.config, name):
                     delattr(self.config, name)
-        if save_code and kwargs.get("is_main_process", True):
+        if save_code and self.should_save_on_this_rank(kwargs.get("is_main_process", True)):
             here = Path(__file__).parent
             for name in TRAVELLING_FILES:
                 shutil.copyfile(here / name, Path(save_directory) / name)
+        if layout is not None and not as_it_is:
+            self.barrier_after_gathered_checkpoint_save(layout)  # no rank may load before rank 0 has written
 
     @classmethod
     def _auto_map(cls) -> dict[str, str]:
@@ -471,7 +500,14 @@ class DeepseekModel(DeepseekPreTrainedModel):
 
         hidden_BSD = inputs_embeds
         routing: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        layers = self.layers[: self.config.num_hidden_layers]
+        if past_key_values is not None and isinstance(layers[0], PipelineIdentityLayer):
+            # A later stage of a pipeline: slot 0, which everyone asks for the length, keeps count without values.
+            none_BSD = hidden_BSD.unsqueeze(1)[..., :0]
+            past_key_values.update(none_BSD, none_BSD, 0)
+        for layer in layers:
+            if isinstance(layer, PipelineIdentityLayer):
+                continue
             hidden_BSD, logits_TE, indices_TK = layer(
                 hidden_BSD,
                 position_embeddings=position_embeddings,
@@ -710,14 +746,13 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         layer_kwargs = {name: value for name, value in inputs.items() if name not in _STACK_ARGUMENTS}
         losses, balance = [], []
         for depth, layer in enumerate(self.model.layers[self.config.num_hidden_layers :], start=1):
-            hidden_BSD, logits_TE, indices_TK = layer(
+            hidden_BSD, logits_TE, indices_TK, normed_BSD = layer(
                 hidden_BSD,
                 shift_left(embeds_BSD, depth),
                 position_embeddings=position_embeddings,
                 attention_mask=context.attention_mask,
                 **{**context.attention_kwargs, **layer_kwargs},
             )
-            normed_BSD = layer.shared_head.norm(hidden_BSD)
             hidden_BSD = normed_BSD if after_norm else hidden_BSD
             valid_BS = same_document(context.documents_BS, targets_BS, depth)
             if context.valid_BS is not None:  # neither padding, nor a last token that sees padding ahead

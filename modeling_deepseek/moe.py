@@ -257,6 +257,8 @@ class DeepseekExperts(nn.Module):
     def forward(self, hidden_TD: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         output_TD = torch.zeros_like(hidden_TD)
         for expert in top_k_index.unique().tolist():
+            if expert == self.num_experts:  # under expert parallelism, all that belongs to other ranks
+                continue
             token, slot = torch.where(top_k_index == expert)
             gate, up = F.linear(hidden_TD[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
             expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
@@ -271,6 +273,8 @@ class DeepseekExperts(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Accepts the Hub's layout (one tensor for each expert and projection) besides its own, since `Trainer`
         resumes by `load_state_dict` on saved files and would otherwise leave the experts as they are."""
+        if not any(name.startswith(prefix) and name.endswith("_proj.weight") for name in state_dict):
+            return super()._load_from_state_dict(state_dict, prefix, *args)
         width = self.down_proj.shape[-1]
         found, absent = False, []
         with torch.no_grad():

@@ -7,13 +7,13 @@ tokens `a b c d` and one module, position 0 sees (state of a, b) and predicts c,
 predicts d, and positions 2 and 3 predict nothing.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .configuration_deepseek import DeepseekConfig
-from .decoder_layer import DeepseekDecoderLayer, LayerOutput
+from .decoder_layer import DeepseekDecoderLayer
 from .layers import DeepseekRMSNorm
 
 
@@ -47,6 +47,16 @@ class SharedHead(nn.Module):
         self.norm = DeepseekRMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
+class MTPOutput(NamedTuple):
+    """A `LayerOutput` and the state that goes before the head. The norm runs inside the module, whose weights FSDP
+    takes away again as soon as its forward is over."""
+
+    hidden_states: torch.Tensor  # (B, S, D)
+    router_logits: torch.Tensor | None  # (T, E), None for a dense layer
+    router_indices: torch.Tensor | None  # (T, K)
+    normed_states: torch.Tensor  # (B, S, D), `shared_head.norm` of `hidden_states`
+
+
 class DeepseekMTPLayer(DeepseekDecoderLayer):
     """Module k, at `model.layers[num_hidden_layers + k - 1]` as in the released files."""
 
@@ -57,11 +67,11 @@ class DeepseekMTPLayer(DeepseekDecoderLayer):
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = SharedHead(config)
 
-    def forward(self, hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs: Any) -> LayerOutput:  # type: ignore[override]  # two inputs
-        """`hidden_states` (B, S, D) of the previous depth and `next_embeds` (B, S, D) of the tokens k ahead. What
-        comes out is not yet normed: `shared_head.norm` goes before the head."""
+    def forward(self, hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs: Any) -> MTPOutput:  # type: ignore[override]  # two inputs
+        """`hidden_states` (B, S, D) of the previous depth and `next_embeds` (B, S, D) of the tokens k ahead."""
         joined = self.eh_proj(torch.cat([self.enorm(next_embeds), self.hnorm(hidden_states)], dim=-1))
-        return super().forward(joined, **kwargs)
+        output = super().forward(joined, **kwargs)
+        return MTPOutput(*output, self.shared_head.norm(output.hidden_states))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # Saved files hold copies of the shared embedding and head for each module; `load_state_dict` leaves them out.

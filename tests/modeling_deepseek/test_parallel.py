@@ -1,0 +1,90 @@
+"""Two processes that share a model, against one that has it whole: what they compute, learn, save and load."""
+
+from pathlib import Path
+
+import pytest
+from transformers.distributed import DistributedConfig
+
+from modeling_deepseek import DeepseekV3ForCausalLM
+from modeling_deepseek.parallel import check_layout
+from tests import spread
+from tests.ranks import on_ranks
+from tests.tiny import tiny_config, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints. `v3` has MTP modules; `v2` has no query compression, but biases and tied embeddings."""
+    folder = tmp_path_factory.mktemp("spread")
+    tiny_model("v3", num_nextn_predict_layers=2, aux_loss_alpha=0.25).save_pretrained(folder / "v3")
+    v2 = {"q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": True, "aux_loss_alpha": 0.25}
+    tiny_model("v2", **v2).save_pretrained(folder / "v2")
+    return folder
+
+
+@pytest.mark.parametrize("layout", spread.LAYOUTS)
+@pytest.mark.parametrize("checkpoint", ["v3", "v2"])
+def test_spread_models_are_the_whole_one(folder, checkpoint, layout):
+    on_ranks(folder, spread.same_model, checkpoint, layout)
+
+
+@pytest.mark.parametrize("layout", ["tp", "fsdp"])
+def test_recomputed_layers_take_the_same_step(folder, layout):
+    on_ranks(folder, spread.recomputed, layout)
+
+
+def test_the_absorbed_path_learns_the_same(folder):
+    on_ranks(folder, spread.absorbed, "tp")
+
+
+ATTENTION = {"q_b_proj", "kv_b_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+EXPERTS = {"experts.gate_up_proj", "experts.down_proj"}
+SPLIT = {
+    "tp": ATTENTION | MLP | EXPERTS | {"eh_proj", "embed_tokens", "lm_head"},
+    "ep": EXPERTS,
+    "tp+ep": ATTENTION | MLP | EXPERTS | {"eh_proj", "embed_tokens", "lm_head"},
+}
+
+
+@pytest.mark.parametrize("layout", spread.LAYOUTS)
+def test_each_rank_holds_half(folder, layout):
+    """Of what the plan splits and of nothing else; under FSDP, of everything."""
+    on_ranks(folder, spread.halves, layout, SPLIT.get(layout))
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "message"),
+    [
+        ({"num_attention_heads": 3}, {"tp_size": 2}, "`num_attention_heads` \\(3\\) must be divisible by tp_size"),
+        (
+            {"moe_intermediate_size": 33},
+            {"tp_size": 2},
+            "`moe_intermediate_size` \\(33\\) must be divisible",
+        ),
+        ({"n_routed_experts": 8}, {"fsdp_size": 3, "ep_size": 3}, "`n_routed_experts` \\(8\\) must be divisible by ep"),
+        ({"n_routed_experts": None}, {"tp_size": 2, "ep_size": 2}, "the model has no experts"),
+        ({}, {"pp_size": 5}, "pp_size \\(5\\) is too large for 3 layers and 1 MTP modules"),
+        ({"num_nextn_predict_layers": 5}, {"pp_size": 2}, "the last one all modules"),
+        ({}, {"tp_plan": {}}, "every size of the DistributedConfig is 1"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(config, layout, message):
+    with pytest.raises(ValueError, match=message):
+        check_layout(tiny_config(**config), DistributedConfig(**layout))
+
+
+def test_what_can_be_split_is_not():
+    check_layout(tiny_config(num_attention_heads=3), DistributedConfig(tp_size=2, ep_size=2, tp_plan={}))
+    check_layout(tiny_config(moe_intermediate_size=33), DistributedConfig(tp_size=2, ep_size=2))
+    check_layout(tiny_config(num_nextn_predict_layers=0), DistributedConfig(pp_size=3))
+    check_layout(tiny_config(), DistributedConfig())
+
+
+@pytest.mark.filterwarnings("ignore:`enable_expert_parallel` without `ep_size`:FutureWarning")
+def test_expert_parallelism_without_processes_is_refused(folder):
+    """The library runs the whole model on each process without a word."""
+    with pytest.raises(ValueError, match="`enable_expert_parallel` alone sets no size"):
+        DeepseekV3ForCausalLM.from_pretrained(
+            folder / "v3", distributed_config=DistributedConfig(enable_expert_parallel=True)
+        )
