@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from .registration import register_auto_classes, unregister_auto_classes
 
 if TYPE_CHECKING:
+    from .adapters import target_modules
     from .configuration_deepseek import PRESETS, DeepseekV2Config, DeepseekV3Config
     from .conversion import CheckpointError
     from .counts import ParameterCount, count_parameters
@@ -50,6 +51,7 @@ _HOME = {
     "ParameterCount": "counts",
     "count_parameters": "counts",
     "max_violation": "moe",
+    "target_modules": "adapters",
     "DeepseekTrainerCallback": "trainer_callback",
 }
 _HOME |= {
@@ -78,6 +80,7 @@ __all__ = [
     "count_parameters",
     "max_violation",
     "register_auto_classes",
+    "target_modules",
     "unregister_auto_classes",
 ]
 

@@ -177,9 +177,15 @@ class DeepseekMLA(nn.Module):
             if is_dtensor(weight):
                 weight = weight.to_local()
         else:
+            if self.training and any(isinstance(one, nn.Dropout) and one.p > 0 for one in self.kv_b_proj.modules()):
+                raise ValueError(
+                    "the adapter on kv_b_proj drops parts of each token, and absorbed attention would drop the same of "
+                    "all; train it with mla_path='expanded', without dropout, or not on kv_b_proj"
+                )
             reference = self.kv_a_layernorm.weight
             eye_CC = torch.eye(self.kv_lora_rank, dtype=reference.dtype, device=reference.device)
-            weight = self.kv_b_proj(eye_CC).transpose(0, 1)
+            # As a batch of one, so that PEFT's `adapter_names`, one for each row of a batch, never fit unit vectors.
+            weight = self.kv_b_proj(eye_CC[None])[0].transpose(0, 1)
         return weight.reshape(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
 
     def expand_kv(self, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

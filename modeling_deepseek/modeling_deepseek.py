@@ -36,6 +36,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters import own_layout, read_adapter, teach_peft
 from .configuration_deepseek import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .conversion import (
     BLOCK_SIZE,
@@ -85,6 +86,7 @@ TRAVELLING_FILES = (
     "packing.py",
     "mtp.py",
     "losses.py",
+    "adapters.py",
     "conversion.py",
     "modeling_deepseek.py",
 )
@@ -286,6 +288,9 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         """transformers' own loading, fed with parameters that are read, stacked and dequantised one at a time.
         Each rank of a model that is spread over devices reads its own part. Where the pieces must come from files
         themselves (layers that quantise on load, formats other than safetensors), theirs."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # `load_adapter`
+            adapter = read_adapter(model, checkpoint_files) if state_dict is None else own_layout(model, state_dict)
+            return PreTrainedModel._load_pretrained_model(model, adapter, None, load_config, expected_keys)
         config = model.config
         block_size = config.__dict__.pop("_fp8_block_size", None)
         plain = (
@@ -849,9 +854,11 @@ class DeepseekV3ForTokenClassification(DeepseekV3PreTrainedModel, DeepseekForTok
     stack_class = DeepseekV3Model
 
 
-# Without this, transformers would write the stacked experts as they are, and PEFT would not find them. The mapping is
-# the library's own for these model types; registering says that classes defined outside the library use it too.
+# Without this, transformers would write the stacked experts as they are. The mapping is the library's own for these
+# model types; registering says that classes defined outside the library use it too.
 for _model_type in (DeepseekV2Config.model_type, DeepseekV3Config.model_type):
     register_checkpoint_conversion_mapping(
         _model_type, get_checkpoint_conversion_mapping(_model_type) or [], overwrite=True
     )
+
+teach_peft(DeepseekPreTrainedModel)

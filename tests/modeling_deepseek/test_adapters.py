@@ -1,0 +1,383 @@
+"""LoRA adapts what was asked for. References: PEFT's own linear layers, its own wrapper of stacked experts,
+transformers' own DeepSeek-V3, and names counted by hand for the preset tiny-v3: layer 0 is dense, 1 and 2 route among 8
+experts, 3 is the MTP module, which routes too."""
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.models.deepseek_v3 import DeepseekV3Config as TheirConfig
+from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as Theirs
+
+from modeling_deepseek import target_modules
+from modeling_deepseek.adapters import split_experts
+from modeling_deepseek.moe import DeepseekExperts
+from tests.tiny import tiny_model, tokens
+
+ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+EXPERTS = 8
+
+
+def under(layers, where, names) -> set[str]:
+    return {f"model.layers.{layer}.{where}{name}" for layer in layers for name in names}
+
+
+SETS = {
+    "attention": under((0, 1, 2), "self_attn.", ATTENTION),
+    "dense_mlp": under((0,), "mlp.", MLP),
+    "shared_experts": under((1, 2), "mlp.shared_experts.", MLP),
+    "routed_experts": under((1, 2), "mlp.experts.", MLP),
+    "mtp": {"model.layers.3.eh_proj"}
+    | under((3,), "self_attn.", ATTENTION)
+    | under((3,), "mlp.shared_experts.", MLP)
+    | under((3,), "mlp.experts.", MLP),
+}
+ALL = set().union(*SETS.values())
+MLPS = {name for name in ALL if name.endswith(tuple(MLP))}
+
+ASKED = {
+    "set attention": (["attention"], SETS["attention"]),
+    "set dense_mlp": (["dense_mlp"], SETS["dense_mlp"]),
+    "set shared_experts": ("shared_experts", SETS["shared_experts"]),
+    "set routed_experts": (["routed_experts"], SETS["routed_experts"]),
+    "set mtp": (["mtp"], SETS["mtp"]),
+    "two sets": (["attention", "shared_experts"], SETS["attention"] | SETS["shared_experts"]),
+    "all sets": (list(SETS), ALL),
+    "set and name": (["dense_mlp", "eh_proj"], SETS["dense_mlp"] | {"model.layers.3.eh_proj"}),
+    "list attention": (ATTENTION, {name for name in ALL if ".self_attn." in name}),
+    "list dense_mlp": ([f"mlp.{name}" for name in MLP], SETS["dense_mlp"]),
+    "list shared_experts": (
+        [f"shared_experts.{name}" for name in MLP],
+        under((1, 2, 3), "mlp.shared_experts.", MLP),
+    ),
+    "list routed_experts": ([f"experts.{name}" for name in MLP], under((1, 2, 3), "mlp.experts.", MLP)),
+    "list routed_experts whole": (["experts"], under((1, 2, 3), "mlp.experts.", MLP)),
+    "list routed_experts one by one": (
+        [f"mlp.experts.{expert}.down_proj" for expert in range(EXPERTS)],
+        under((1, 2, 3), "mlp.experts.", ["down_proj"]),
+    ),
+    "list mtp": (["eh_proj"], {"model.layers.3.eh_proj"}),
+    "list of full names": (
+        sorted(SETS["dense_mlp"] | SETS["shared_experts"]),
+        SETS["dense_mlp"] | SETS["shared_experts"],
+    ),
+    "list of many full names": (
+        sorted(SETS["attention"] | SETS["dense_mlp"] | SETS["shared_experts"]),
+        SETS["attention"] | SETS["dense_mlp"] | SETS["shared_experts"],
+    ),
+    "list of projections": (MLP, MLPS),
+    "one projection": (["up_proj"], {name for name in ALL if name.endswith("up_proj")}),
+    "expression attention": (r"model\.layers\.[0-2]\.self_attn\..*", SETS["attention"]),
+    "expression dense_mlp": (r".*\.mlp\.(gate|up|down)_proj", SETS["dense_mlp"]),
+    "expression shared_experts": (r"model\.layers\.[12]\..*shared_experts.*", SETS["shared_experts"]),
+    "expression routed_experts": (r"model\.layers\.[12]\.mlp\.experts\.\d+\..*_proj", SETS["routed_experts"]),
+    "expression routed_experts stacked": (
+        r"model\.layers\.1\.mlp\.experts\.up_proj",
+        {"model.layers.1.mlp.experts.up_proj"},
+    ),
+    "expression mtp": (r"model\.layers\.3\..*", SETS["mtp"]),
+    "expression projections": (r".*\.(gate|up|down)_proj", MLPS),
+    "all-linear": ("all-linear", ALL),
+}  # fmt: skip
+
+
+def adapted(model: nn.Module) -> set[str]:
+    prefix = "base_model.model."
+    return {name.removeprefix(prefix) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def in_file(names: set[str]) -> set[str]:
+    """The tensors that an adapter on these modules is saved as."""
+    single = set()
+    for name in names:
+        path, _, projection = name.rpartition(".")
+        routed = path.endswith(".experts")
+        single |= {f"{path}.{expert}.{projection}" for expert in range(EXPERTS)} if routed else {name}
+    return {f"base_model.model.{name}.lora_{factor}.weight" for name in single for factor in "AB"}
+
+
+def randomise(model: nn.Module, seed: int = 5, adapter: str = "default") -> nn.Module:
+    """Adapters that do something: B is zero at first."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and f".{adapter}." in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    return model
+
+
+def adapt(model: nn.Module, target_modules, **fields) -> PeftModel:
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": target_modules, **fields})
+    return randomise(get_peft_model(model, config)).eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(tokens()).logits
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+# Which modules have an adapter.
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_exactly_what_was_asked_for_is_adapted_saved_loaded_and_merged(asked, tmp_path):
+    targets, expected = ASKED[asked]
+    base = tiny_model()
+    plain, state = logits(base), {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = adapt(base, targets)
+    assert adapted(model) == expected
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {
+        re.sub(r"^base_model\.model\.(.*)\.lora_[AB]\.default\.weight$", r"\1", name) for name in trainable
+    } == expected
+    assert len(trainable) == 2 * len(expected)
+
+    unmerged = logits(model)
+    moves = any(name not in SETS["mtp"] for name in expected)  # without labels the module is not run
+    assert ((unmerged - plain).abs().max() > 1e-3) == moves
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == in_file(expected)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert adapted(loaded) == expected
+    assert torch.equal(logits(loaded), unmerged)
+
+    merged = copy.deepcopy(model)
+    merged.merge_adapter(safe_merge=True)
+    assert_close(logits(merged), unmerged)
+    merged.unmerge_adapter()
+    assert_close(logits(merged), unmerged)
+    assert_close(logits(model.merge_and_unload()), unmerged)
+    assert set(base.state_dict()) == set(state)
+    changed = {name for name, tensor in base.state_dict().items() if not torch.equal(tensor, state[name])}
+    assert changed == {weight_of(name) for name in expected}
+    assert logits(merged.unload()).sub(plain).abs().max() < 1e-5
+
+
+def weight_of(name: str) -> str:
+    if ".mlp.experts." in name:
+        return re.sub(r"(gate|up)_proj$", "gate_up_proj", name)
+    return f"{name}.weight"
+
+
+PEFT_S_OWN_PATTERN = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+
+
+@PEFT_S_OWN_PATTERN
+@pytest.mark.parametrize("targets", [MLP, "all-linear", r".*shared_experts\..*_proj"])
+def test_transformers_own_class_falls_into_the_trap_that_ours_avoids(targets):
+    """Goes red with us when PEFT's own conversion is left in place, and with them when they have mended it."""
+    config = tiny_model().config
+    fields = {name: value for name, value in config.to_dict().items() if name in TheirConfig().to_dict()}
+    with torch.random.fork_rng():
+        theirs = Theirs(TheirConfig(**fields))
+    get_peft_model(theirs, LoraConfig(target_modules=targets))
+    mlps = {re.sub(r"\.base_layer$", "", name) for name in adapted(theirs) if ".mlp." in name}
+    routed_ones = {f"model.layers.{layer}.mlp.experts" for layer in (1, 2)}
+    assert routed_ones <= mlps, "whether they were asked for or not"
+    assert not any(name.startswith(tuple(SETS["dense_mlp"] | SETS["shared_experts"])) for name in mlps)
+    with pytest.raises(ValueError, match="lora_dropout"):
+        get_peft_model(Theirs(TheirConfig(**fields)), LoraConfig(target_modules=targets, lora_dropout=0.1))
+
+    ours = adapted(get_peft_model(tiny_model(), LoraConfig(target_modules=targets, lora_dropout=0.1)))
+    wanted = (
+        SETS["shared_experts"]
+        if targets.__class__ is str and "shared" in targets
+        else SETS["dense_mlp"] | SETS["shared_experts"]
+    )
+    assert wanted <= ours
+
+
+@PEFT_S_OWN_PATTERN
+def test_other_models_are_converted_as_before():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=4, vocab_size=64,
+    )  # fmt: skip
+    model = get_peft_model(MixtralForCausalLM(config), LoraConfig(target_modules=["w1", "w2", "w3"]))
+    assert adapted(model) == {f"model.layers.0.mlp.experts{end}" for end in ("", ".base_layer")}
+
+
+def test_sets_as_names_for_other_methods():
+    model = tiny_model()
+    assert set(target_modules(model, SETS)) == ALL
+    names = target_modules(model, ["attention", "dense_mlp"])
+    assert set(names) == SETS["attention"] | SETS["dense_mlp"]
+    adapted_model = adapt(model, "all-linear")
+    assert set(target_modules(adapted_model, SETS)) == ALL  # the same once they are adapted
+    ia3 = IA3Config(target_modules=names, feedforward_modules=[])
+    assert len([name for name, _ in get_peft_model(tiny_model(), ia3).named_parameters() if "ia3_" in name]) == len(
+        names
+    )
+
+
+def test_layers_patterns_and_exclusions_are_peft_s():
+    model = adapt(tiny_model(), ["routed_experts", "attention"], layers_to_transform=[1], exclude_modules=["o_proj"])
+    assert adapted(model) == {
+        name for name in SETS["routed_experts"] | SETS["attention"] if ".1." in name and "o_proj" not in name
+    }
+    model = adapt(
+        tiny_model(), MLP, rank_pattern={r"experts\.down_proj": 2, "mlp.gate_proj": 3}, alpha_pattern={"up_proj": 40},
+        use_rslora=True,
+    )  # fmt: skip
+    layers = dict(model.base_model.model.named_modules())
+    r = {name: layers[name].r["default"] for name in MLPS}
+    assert {rank for name, rank in r.items() if re.search(r"\.experts\.down_proj", name)} == {2}
+    assert r["model.layers.0.mlp.gate_proj"] == 3
+    assert {rank for name, rank in r.items() if name.endswith("up_proj")} == {4}
+    experts = layers["model.layers.1.mlp.experts"]
+    assert experts.up_proj.scaling["default"] == 40 / 2 == layers["model.layers.0.mlp.up_proj"].scaling["default"]
+    assert experts.down_proj.scaling["default"] == pytest.approx(8 / 2**0.5)
+    assert_close(logits(copy.deepcopy(model).merge_and_unload()), logits(model))
+
+
+REFUSED = {
+    "router": (dict(target_modules=["q_proj", "gate"]), r"mlp.gate is a router.*modules_to_save=\['gate'\]"),
+    "router by expression": (dict(target_modules=r".*mlp\.gate"), "is a router"),
+    "one expert": (
+        dict(target_modules=["experts.3.up_proj"]),
+        r"experts.3.up_proj is asked for, .*experts.0.up_proj is not",
+    ),
+    "all but one": (
+        dict(target_modules=["up_proj"], exclude_modules=["experts.3.up_proj"]),
+        r"experts.3.up_proj is not",
+    ),
+    "an unknown set beside": (dict(target_modules=["routed_experts"], use_dora=True), "plain LoRA only, not use_dora"),
+    "initialisation": (dict(target_modules=MLP, init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+    "bias": (dict(target_modules=["kv_b_proj"], lora_bias=True), "absorbed attention knows no bias"),
+    "parameters": (dict(target_parameters=["gate.weight"]), "none of the routed experts'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_adapted_is_refused_and_nothing_is_done(case):
+    fields, message = REFUSED[case]
+    model = tiny_model()
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, LoraConfig(**fields))
+    assert [name for name, _ in model.named_modules()] == before
+
+
+def test_sets_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match="'mpt' is no set of modules, meant 'mtp'"):
+        target_modules(tiny_model(), ["mpt"])
+    with pytest.raises(ValueError, match="no modules of the set 'mtp'"):
+        get_peft_model(tiny_model(num_nextn_predict_layers=0), LoraConfig(target_modules=["mtp"]))
+    with pytest.raises(ValueError, match="IA3 cannot adapt routed experts"):
+        get_peft_model(tiny_model(), IA3Config(target_modules=MLP, feedforward_modules=MLP))
+
+
+# Right results, against PEFT's own layers.
+
+
+class OneByOne(nn.Module):
+    """Experts as linear layers, as published and as PEFT adapts linear layers."""
+
+    def __init__(self, experts: DeepseekExperts):
+        super().__init__()
+        self.experts = nn.ModuleList()
+        for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True):
+            expert = nn.Module()
+            for name, weight in zip(MLP, (*gate_up.chunk(2), down), strict=True):
+                layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+                layer.weight.data = weight.detach().clone()
+                expert.add_module(name, layer)
+            self.experts.append(expert)
+        self.act_fn = experts.act_fn
+
+    def forward(self, hidden, indices, weights):
+        output = torch.zeros_like(hidden)
+        for index, expert in enumerate(self.experts):
+            for slot in range(indices.shape[1]):
+                token = indices[:, slot] == index
+                inner = self.act_fn(expert.gate_proj(hidden[token])) * expert.up_proj(hidden[token])
+                output[token] += expert.down_proj(inner) * weights[token, slot, None]
+        return output
+
+
+def routed(model):
+    return model.base_model.model.model.layers[1].mlp.experts
+
+
+def test_adapted_experts_are_peft_s_linear_layers_expert_by_expert(tmp_path):
+    """Outputs, gradients and the saved file."""
+    base = tiny_model()
+    one_by_one = OneByOne(base.model.layers[1].mlp.experts)
+    names = [f"model.layers.1.mlp.experts.{name}" for name in MLP]
+    ours = adapt(base, names)
+    theirs = get_peft_model(one_by_one, LoraConfig(r=4, lora_alpha=8, target_modules=MLP)).eval()
+    state = {
+        name.replace("model.layers.1.mlp.", ""): tensor for name, tensor in split_experts(ours.state_dict()).items()
+    }
+    factors = {name: parameter for name, parameter in theirs.named_parameters() if "lora_" in name}
+    for name, parameter in factors.items():
+        parameter.data = state[name].clone()
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 64, generator=generator)
+    indices = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(7)])  # experts 6 and 7 idle
+    weights = torch.rand(7, 2, generator=generator)
+    inputs = [hidden.clone().requires_grad_() for _ in range(2)]
+    outputs = routed(ours)(inputs[0], indices, weights), theirs(inputs[1], indices, weights)
+    assert_close(outputs[0], outputs[1])
+    for output in outputs:
+        output.square().sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-5, atol=1e-4)
+    gradients = split_experts({name: value.grad for name, value in ours.named_parameters() if value.grad is not None})
+    for name, parameter in factors.items():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        actual = gradients[name.replace("experts.", "model.layers.1.mlp.experts.", 1)]
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    mine = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    file = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    renamed = {name.replace("experts.", "model.layers.1.mlp.experts.", 1): value for name, value in file.items()}
+    assert set(mine) == set(renamed)
+    assert all(torch.equal(mine[name], value) for name, value in renamed.items())
+    assert mine["base_model.model.model.layers.1.mlp.experts.3.gate_proj.lora_A.weight"].shape == (4, 64)
+    assert mine["base_model.model.model.layers.1.mlp.experts.3.gate_proj.lora_B.weight"].shape == (32, 4)
+
+    # What was trained one by one elsewhere loads.
+    save_file(renamed, tmp_path / "theirs" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    config["target_modules"] = [f"1.mlp.experts.{expert}.{name}" for expert in range(EXPERTS) for name in MLP]
+    (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config))
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "theirs")
+    assert adapted(loaded) == set(names)
+    assert torch.equal(logits(loaded), logits(ours))
+
+
+@PEFT_S_OWN_PATTERN
+@pytest.mark.parametrize("targets", [MLP, ["down_proj"], ["q_b_proj", *MLP]])
+def test_adapters_of_transformers_own_class_load(targets, tmp_path):
+    """There PEFT has wrapped the stacks of the routed experts, and left the other MLPs alone."""
+    ours = tiny_model(num_nextn_predict_layers=0)
+    ours.save_pretrained(tmp_path / "base")
+    theirs = Theirs.from_pretrained(tmp_path / "base")
+    torch.testing.assert_close(logits(theirs.eval()), logits(ours), rtol=0, atol=1e-4)
+    adapter = randomise(get_peft_model(theirs, LoraConfig(r=2, lora_alpha=6, target_modules=targets))).eval()
+    expected = logits(adapter)
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert any("base_layer" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == (
+        len(targets) > 1
+    )
+    loaded = PeftModel.from_pretrained(ours, tmp_path / "adapter")
+    routed_ones = {name for name in SETS["routed_experts"] if name.endswith(tuple(targets))}
+    assert adapted(loaded) == routed_ones | {name for name in SETS["attention"] if name.endswith(tuple(targets))}
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-4)
+    with loaded.disable_adapter():
+        assert (logits(loaded) - expected).abs().max() > 1e-2
