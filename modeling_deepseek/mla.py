@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_deepseek import DeepseekConfig
 from .layers import DeepseekRMSNorm
+from .paged import PagedBatch
 from .parallel import summed_gradient
 from .rope import apply_rope, rope_magnitudes
 
@@ -54,7 +55,7 @@ def choose_mla_path(config: DeepseekConfig, q_len: int, kv_len: int) -> str:
             own cache (anything but eager, sdpa, flash and flex_attention).
     """
     implementation = config._attn_implementation
-    absorbable = implementation in (None, "eager", "sdpa", "flex_attention") or is_flash(implementation)
+    absorbable = implementation in (None, "eager", "paged|eager", "sdpa", "flex_attention") or is_flash(implementation)
     if config.mla_path == "absorbed" and not absorbable:
         raise ValueError(
             f"`mla_path='absorbed'` cannot run with attn_implementation={implementation!r}, which needs expanded keys "
@@ -207,12 +208,14 @@ class DeepseekMLA(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: Any = None,
         past_key_values: Cache | None = None,
+        paged: PagedBatch | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, Q, D) to (B, Q, D) and the attention weights (B, H, Q, S), None where the implementation keeps none.
 
         `position_embeddings` are cos and sin (B, Q, R/2); `attention_mask` is what transformers' mask functions make
-        for the implementation in use (a dense one for the absorbed path under flash attention).
+        for the implementation in use (a dense one for the absorbed path under flash attention). With `paged` the tokens
+        are those of many requests in one row, (1, T, D), whose cache is in pages.
         """
         batch, q_len, _ = hidden_states.shape
         if self.config.q_lora_rank is None:
@@ -237,10 +240,32 @@ class DeepseekMLA(nn.Module):
                 if attention_mask is not None and attention_mask.ndim == 4:
                     attention_mask = attention_mask[..., :q_len]
 
-        path = choose_mla_path(self.config, q_len, c_kv.shape[2])
-        attend = self._absorbed if path == "absorbed" else self._expanded
-        output_BQHV, weights = attend(q_nope_BHQN, q_rope_BHQR, c_kv, k_rope, attention_mask, **kwargs)
+        if paged is not None:
+            output_BQHV, weights = self._paged(q_nope_BHQN, q_rope_BHQR, c_kv, k_rope, paged), None
+        else:
+            output_BQHV, weights = self._run(q_nope_BHQN, q_rope_BHQR, c_kv, k_rope, attention_mask, **kwargs)
         return self.o_proj(output_BQHV.reshape(batch, q_len, -1)), weights
+
+    def _run(self, q_nope, q_rope, c_kv, k_rope, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        path = choose_mla_path(self.config, q_nope.shape[2], c_kv.shape[2])
+        attend = self._absorbed if path == "absorbed" else self._expanded
+        return attend(q_nope, q_rope, c_kv, k_rope, mask, **kwargs)
+
+    def _paged(self, q_nope_1HTN, q_rope_1HTR, c_kv, k_rope, paged: PagedBatch) -> torch.Tensor:
+        """Attention of each group of requests to its latents, (T, H, V). Their new latents go into the pages."""
+        pages, latents = paged.pages(self.layer_idx), torch.cat([c_kv, k_rope], dim=-1)[0, 0]
+        if pages.shape[1] > latents.shape[1]:  # a page holds an even number of values a token
+            latents = F.pad(latents, (0, 1))
+        pages.index_copy_(0, paged.write_T, latents)
+        outputs = []
+        for group in paged.groups:
+            q_nope, q_rope = (x[0][:, group.tokens_nQ].transpose(0, 1) for x in (q_nope_1HTN, q_rope_1HTR))
+            source, rows = (latents, group.tokens_nQ) if group.rows_nS is None else (pages, group.rows_nS)
+            read_n1SL = source.index_select(0, rows.flatten()).view(rows.shape[0], 1, rows.shape[1], -1)
+            c_kv = read_n1SL[..., : self.kv_lora_rank]
+            k_rope = read_n1SL[..., self.kv_lora_rank : self.kv_lora_rank + self.qk_rope_head_dim]
+            outputs.append(self._run(q_nope, q_rope, c_kv, k_rope, group.mask)[0].flatten(0, 1))
+        return torch.cat(outputs)[paged.places_T]
 
     def _absorbed(self, q_nope, q_rope, c_kv, k_rope, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         kv_b_HEC = self.kv_b_weight()
@@ -303,6 +328,12 @@ class DeepseekMLA(nn.Module):
 
     def _attend(self, query, key, value, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         implementation = self.config._attn_implementation
+        if implementation == "paged|eager":
+            implementation = "eager"
+        elif is_flash(implementation) and isinstance(mask, torch.Tensor) and mask.ndim == 4:
+            implementation = (
+                "sdpa"  # flash kernels take no dense mask; groups of requests behind cached tokens have one
+            )
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         if implementation == "sdpa" and query.shape[2] > 1 and self.v_head_dim < self.qk_head_dim:
             # sdpa's flash kernels want one head size for key and value; without it they fall back to one that is

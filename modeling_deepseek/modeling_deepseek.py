@@ -53,7 +53,8 @@ from .losses import token_losses, tokens_at_once
 from .mla import DeepseekMLA
 from .moe import DeepseekExperts, DeepseekGate, DeepseekMoE, load_balancing_loss
 from .mtp import DeepseekMTPLayer, same_document, shift_left, targets_ahead
-from .packing import SequenceContext, documents, sequence_context
+from .packing import SequenceContext, documents, paged_context, sequence_context
+from .paged import LatentBatching
 from .parallel import check_layout, is_spread, rules_that_apply, whole_state
 from .rope import rope_angles, rope_frequencies, rope_magnitudes
 
@@ -80,6 +81,7 @@ TRAVELLING_FILES = (
     "rope.py",
     "layers.py",
     "parallel.py",
+    "paged.py",
     "mla.py",
     "moe.py",
     "decoder_layer.py",
@@ -500,7 +502,10 @@ class DeepseekModel(DeepseekPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        context = sequence_context(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        if "cache" in kwargs:  # continuous batching
+            context, kwargs = paged_context(self.config, position_ids, kwargs)
+        else:
+            context = sequence_context(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
         position_embeddings = self.rotary_emb(context.position_ids_BS)
 
         hidden_BSD = inputs_embeds
@@ -565,7 +570,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         return load_balancing_loss(logits_TE, indices_TK, self.config.scoring_func, sequence_T, n_sequences, valid_T)
 
 
-class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
+class DeepseekForCausalLM(DeepseekPreTrainedModel, LatentBatching, GenerationMixin):
     """The stack with its head, and with the losses of multi-token prediction and of balance."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.import_utils import is_tracing
 
 from .configuration_deepseek import DeepseekConfig
 from .mla import choose_mla_path, is_flash
+from .paged import paged_batch
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,17 @@ def sequence_context(
         else None,
     )
     return SequenceContext(causal_mask, attention_kwargs, position_ids, documents_BS, valid_BS)
+
+
+def paged_context(
+    config: DeepseekConfig, position_ids: torch.Tensor | None, arguments: dict[str, Any]
+) -> tuple[SequenceContext, dict[str, Any]]:
+    """The same for a step of continuous batching, whose new tokens lie in one row, (1, S), and what is left of the
+    keyword arguments: the rest is for the attention interfaces of transformers, which are not called with pages."""
+    assert position_ids is not None
+    attention_kwargs = {"paged": paged_batch(config, arguments)}
+    rest = {name: value for name, value in arguments.items() if name not in PagedAttentionArgs.__annotations__}
+    return SequenceContext(None, attention_kwargs, position_ids, None, None), rest
 
 
 def _same_document(apart_BS: torch.Tensor | None, kv_length: int) -> Callable | None:

@@ -1,0 +1,351 @@
+"""Continuous batching: pages that hold latents, and which rows of them the tokens of a batch attend to.
+
+transformers' continuous batching packs new tokens of many requests into one row and keeps what they attend to in pages
+of one memory. It sizes a page for keys and values of `num_key_value_heads` heads; `LatentBatchingManager` shows it one
+head of half a latent, so that a page's bytes are, token by token, the C values of the normalised latent and the R of
+the rotated shared key, and nothing else. Its scheduler, prefix sharing, forks and offloading move pages without
+knowing what is in them. `config.head_dim` stays what the model's other readers expect.
+
+`paged_batch` turns what it hands to the model into groups of requests of about one length; `mla` attends group by
+group, so that no request is compared with another's tokens.
+
+Legend: T packed new tokens, n requests of a group, Q new tokens and S attended ones of its longest, C kv_lora_rank,
+R qk_rope_head_dim.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import (
+    ContinuousBatchingManager,
+    ContinuousMixin,
+    PagedAttentionCache,
+)
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.generation.continuous_batching.utils import WorkloadHints
+
+from .configuration_deepseek import DeepseekConfig
+
+# A group takes in one more request while padding all to its longest keeps the scores to compute under this multiple
+# of the wanted ones, or under so many more: a group of its own costs about as much as that. And while all heads'
+# scores are no more than MAX_SCORES.
+MAX_PADDING = 1.5
+FREE_SCORES = 2048
+MAX_SCORES = 2**26
+
+# Logits processors that transformers has not marked as fit for continuous batching, and that are functions of the
+# logits alone. The others see the last token where they expect the whole sequence.
+POINTWISE_PROCESSORS = {
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+    "MinPLogitsWarper",
+    "SuppressTokensLogitsProcessor",
+    "TypicalLogitsWarper",
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Requests that attend together, the shorter ones padded with copies of their last token."""
+
+    tokens_nQ: torch.Tensor  # place of each new token in the packed row
+    rows_nS: torch.Tensor | None  # rows of the pages; None where the new tokens are all there is to attend to
+    mask: torch.Tensor | None  # (n, 1, Q, S), True for "attend"; None for causal, or for all of S where Q is 1
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """One step of continuous batching, the same for every layer."""
+
+    cache: PagedAttentionCache
+    write_T: torch.Tensor  # row of the pages of each packed token
+    groups: tuple[Group, ...]
+    places_T: torch.Tensor  # place of each packed token among the padded tokens of all groups in turn
+
+    def pages(self, layer_idx: int) -> torch.Tensor:
+        """The memory of all pages from this layer's first on, one row of C + R values for each token. Rows are counted
+        from there, so that a token has the same number in each layer."""
+        allocator = self.cache.layer_to_allocator[layer_idx]
+        rows = allocator.cache_tensor.flatten(1)
+        return rows[allocator.layer_indices.index(layer_idx) * allocator.tokens_per_page :]
+
+
+def group_by_length(lengths: Sequence[tuple[int, int]], max_scores: int = MAX_SCORES) -> list[list[int]]:
+    """Numbers of requests with (Q, S) new and attended tokens, in groups whose padding is worth it and which compare no
+    more than `max_scores` pairs of tokens.
+
+    Requests with one new token, whole prompts, and tokens behind cached ones do not mix.
+
+    >>> group_by_length([(1, 90), (1, 100), (200, 200), (1, 4000), (8, 208)])
+    [[0, 1], [3], [2], [4]]
+    """
+    kinds: tuple[list[int], ...] = ([], [], [])
+    for number, (q, s) in enumerate(lengths):
+        kinds[0 if q == 1 else 1 if q == s else 2].append(number)
+    groups: list[list[int]] = []
+    for members in kinds:
+        group: list[int] = []
+        wanted = longest_q = 0
+        for number in sorted(members, key=lambda number: lengths[number][::-1]):
+            q, s = lengths[number]  # s is the longest so far
+            padded, needed = (len(group) + 1) * max(longest_q, q) * s, wanted + q * s
+            if group and (padded > max(needed * MAX_PADDING, needed + FREE_SCORES) or padded > max_scores):
+                groups.append(group)
+                group, wanted, longest_q = [], 0, 0
+            group.append(number)
+            wanted, longest_q = wanted + q * s, max(longest_q, q)
+        if group:
+            groups.append(group)
+    return groups
+
+
+def paged_batch(config: DeepseekConfig, arguments: dict[str, Any]) -> PagedBatch:
+    """The groups of one step, from the keyword arguments that transformers' manager passes to the model."""
+    cache: PagedAttentionCache = arguments["cache"]
+    ((layer_type, allocator),) = cache.cache_allocators.items()
+    q_bounds = arguments["cu_seq_lens_q"].tolist()
+    s_bounds = arguments["cu_seq_lens_k"][layer_type].tolist()
+    q_lengths = [end - start for start, end in pairwise(q_bounds)]
+    s_lengths = [end - start for start, end in pairwise(s_bounds)]
+    read = _rows(arguments["read_index"][0], allocator.tokens_per_page)
+    write_T = _rows(arguments["write_index"][0], allocator.tokens_per_page)
+    device = write_T.device
+    # Kernels need no causal mask where nothing is cached, attention written out does.
+    causal = config._attn_implementation not in (None, "eager", "paged|eager")
+
+    groups, place, first_place = [], 0, [0] * len(q_lengths)
+    members_of = group_by_length(list(zip(q_lengths, s_lengths, strict=True)), MAX_SCORES // config.num_attention_heads)
+    for members in members_of:
+        columns = [[column[number] for number in members] for column in (q_bounds, q_lengths, s_bounds, s_lengths)]
+        longest_q, longest_s = max(columns[1]), max(columns[3])
+        for row, number in enumerate(members):
+            first_place[number] = place + row * longest_q
+        place += len(members) * longest_q
+
+        q_start, q_count, s_start, s_count = torch.tensor(columns, device=device).unsqueeze(-1)
+        arange_Q, arange_S = torch.arange(longest_q, device=device), torch.arange(longest_s, device=device)
+        cached = columns[1] != columns[3]
+        rows_nS = read[s_start + torch.minimum(arange_S, s_count - 1)] if cached else None
+        needs_mask = cached or not causal if longest_q > 1 else len(set(columns[3])) > 1
+        mask = None
+        if needs_mask:
+            last_nQ = s_count - q_count + arange_Q
+            mask = (arange_S <= last_nQ.unsqueeze(-1)).unsqueeze(1)
+        groups.append(Group(q_start + torch.minimum(arange_Q, q_count - 1), rows_nS, mask))
+
+    shifts = [place - start for place, start in zip(first_place, q_bounds[:-1], strict=True)]
+    shift_T = torch.tensor(shifts, device=device).repeat_interleave(torch.tensor(q_lengths, device=device))
+    return PagedBatch(cache, write_T, tuple(groups), torch.arange(len(write_T), device=device) + shift_T)
+
+
+def _rows(index: torch.Tensor, page_size: int) -> torch.Tensor:
+    """transformers counts a token's place in rows of half the width, with a page of values behind each of keys."""
+    in_page = index % page_size
+    return (index - in_page) // 2 + in_page
+
+
+def page_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """What the memory of pages is sized by, in place of the model's configuration: one key and one value head, each
+    half a latent wide (one value is left over where C + R is odd), and the activations that our attention has.
+
+    The name of the attention says to transformers what is true of ours: no mask is read, so none is allocated, and of
+    the pages read no head has a copy of its own.
+    """
+    view = copy.copy(config)
+    view.num_key_value_heads = 1
+    view.head_dim = (config.kv_lora_rank + config.qk_rope_head_dim + 1) // 2
+    # A new token has a query, a key and a value a head where keys are expanded; transformers counts the query.
+    per_head = 2 * config.qk_head_dim + config.v_head_dim
+    view.num_attention_heads = -(-config.num_attention_heads * per_head // view.head_dim)
+    view._attn_implementation = "flash on latents"
+    return view
+
+
+class LatentBatchingManager(ContinuousBatchingManager):
+    """transformers' manager, with pages of latents and without the paths that would read them as keys and values.
+
+    Raises:
+        ValueError: for what it cannot honour, which transformers would leave out with a warning or without.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        generation_config: GenerationConfig,
+        continuous_batching_config: ContinuousBatchingConfig,
+        workload_hints: WorkloadHints | None = None,
+    ):
+        settings = copy.deepcopy(continuous_batching_config)
+        _refuse(model, generation_config, settings)
+        # The decoding fast path reads pages of keys; graphs replay one grouping of requests for all.
+        settings.max_blocks_per_request, settings.use_cuda_graph, settings.use_async_batching = 0, False, False
+        self.workload_hints = workload_hints
+        super().__init__(model, generation_config, settings, workload_hints)
+
+    def add_request(  # type: ignore[override]  # what follows a request's tokens by keyword only
+        self, input_ids: list[int], *, max_new_tokens: int | None = None, **kwargs: Any
+    ) -> str | None:
+        """As transformers', for requests that have a token and fit into `max_position_embeddings`."""
+        check_request(self.model.config, input_ids, max_new_tokens or self.generation_config.max_new_tokens)
+        return super().add_request(input_ids, max_new_tokens=max_new_tokens, **kwargs)
+
+    def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        # What is made here knows the model by these four alone, the configuration being what sizes the pages.
+        model, settings, hints = self.model, self.continuous_batching_config, self.workload_hints
+        pages = page_config(model.config)
+        self.model = SimpleNamespace(  # type: ignore[assignment]
+            config=pages,
+            device=model.device,
+            dtype=model.dtype,
+            _supports_logits_to_keep=model._supports_logits_to_keep,
+        )
+        try:
+            # On a CPU the memory is not for pages alone: none that the announced requests cannot fill.
+            if settings.num_blocks is None and hints is not None and model.device.type == "cpu":
+                blocks = -(-(hints.max_prompt_length + hints.max_generated_length) // settings.page_size)
+                settings.num_blocks = max(1, hints.num_requests * blocks)
+                try:
+                    return super()._create_batch_processor()
+                except MemoryError:  # raised before anything is allocated: as many as fit
+                    settings.num_blocks = None
+            return super()._create_batch_processor()
+        finally:
+            self.model = model
+
+
+class LatentBatching(ContinuousMixin):
+    """Continuous batching of a causal language model: `generate_batch` and what `transformers serve` calls."""
+
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        workload_hints: WorkloadHints | None = None,
+    ) -> ContinuousBatchingManager:
+        """As transformers', with `LatentBatchingManager`, and with what `generation_config` leaves open taken from the
+        model's own, as `generate` does."""
+        if isinstance(getattr(self, "_cached_continuous_batching_manager", None), ContinuousBatchingManager):
+            return super().init_continuous_batching(generation_config, continuous_batching_config, workload_hints)
+        generation_config, _ = self._prepare_generation_config(generation_config)  # type: ignore[attr-defined]
+        self._prepare_special_tokens(generation_config, device=self.device)  # type: ignore[attr-defined]
+        if generation_config.eos_token_id is None:
+            generation_config.eos_token_id = -1  # or the manager would take that of the configuration
+        settings = continuous_batching_config or ContinuousBatchingConfig()
+        return LatentBatchingManager(self, generation_config, settings, workload_hints)
+
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        record_timestamps: bool = False,
+        progress_bar: bool = False,
+        persistent_manager: bool = False,
+        warmup: bool = True,
+        **kwargs: Any,
+    ) -> dict[str, GenerationOutput]:
+        """Generates for many prompts (lists of token ids, without padding) at once: each takes part for as long as it
+        lasts, and the next takes its place. Greedy tokens are those of `generate`, which also names the keywords.
+
+        Returns:
+            By request, in the order of `inputs` (with `num_return_sequences`, those of a prompt behind each other):
+            `prompt_ids`, `generated_tokens` and more.
+
+        Raises:
+            ValueError: for what cannot be honoured: beams, logits processors that look at earlier tokens, ...
+            GenerationBatchError: if requests failed; it holds the results of the others.
+        """
+        prompts = [prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt) for prompt in inputs]
+        generation_config, unknown = self._prepare_generation_config(generation_config, **kwargs)  # type: ignore[attr-defined]
+        if unknown:
+            raise TypeError(f"generate_batch() got unexpected keywords {sorted(unknown)}")
+        if generation_config.max_new_tokens is None:
+            if generation_config.max_length != 20:
+                raise ValueError(
+                    f"`generate_batch` counts new tokens only, got max_length={generation_config.max_length}; pass "
+                    "`max_new_tokens`"
+                )
+            generation_config.max_new_tokens = 20  # as `generate`, which has no other limit by default
+        for prompt in prompts:
+            check_request(self.config, prompt, generation_config.max_new_tokens)  # type: ignore[attr-defined]
+        results = super().generate_batch(
+            prompts,
+            generation_config,
+            continuous_batching_config,
+            record_timestamps=record_timestamps,
+            progress_bar=progress_bar,
+            persistent_manager=persistent_manager,
+            warmup=warmup,
+        )
+        failed = {name: result.error for name, result in results.items() if result.error is not None}
+        wanted = len(prompts) * (generation_config.num_return_sequences or 1)
+        if failed or len(results) < wanted:
+            first = next(iter(failed.values()), "the generation loop ended before they were done; its log says why")
+            raise GenerationBatchError(
+                f"{wanted - len(results) + len(failed)} of {wanted} requests failed: {first}",
+                {name: result for name, result in results.items() if result.error is None},
+            )
+        return results
+
+
+class GenerationBatchError(RuntimeError):
+    """Requests of a batch failed. `results` holds those of the others, by request."""
+
+    def __init__(self, message: str, results: dict[str, GenerationOutput]):
+        super().__init__(message)
+        self.results = results
+
+
+def check_request(config: PreTrainedConfig, prompt: Sequence[int], max_new_tokens: int | None) -> None:
+    """Raises `ValueError` for a prompt that is empty or, with its new tokens, longer than the model's positions."""
+    if not prompt:
+        raise ValueError("a prompt has no token; begin it with `bos_token_id`")
+    length, limit = len(prompt) + (max_new_tokens or 0), config.max_position_embeddings
+    if length > limit:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens and `max_new_tokens` {max_new_tokens} exceed `max_position_embeddings` "
+            f"{limit}; shorten one of them"
+        )
+
+
+def _refuse(model: Any, generation_config: GenerationConfig, settings: ContinuousBatchingConfig) -> None:
+    """Raises `ValueError` for settings that would be ignored, or that read pages as keys and values."""
+    for name, value in {
+        "use_cuda_graph": any(settings.cuda_graph_booleans),
+        "use_async_batching": settings.use_async_batching,
+        "varlen_compile_config": settings.varlen_compile_config,
+        "decode_compile_config": settings.decode_compile_config,
+        "default_compile_level": settings.default_compile_level,
+    }.items():
+        if value:
+            raise ValueError(
+                f"`{name}` cannot run on pages of latents, whose requests are grouped anew at each step: leave it out"
+            )
+    for name, ignored in {
+        "num_beams": (generation_config.num_beams or 1) > 1,
+        "stop_strings": generation_config.stop_strings,
+        "max_time": generation_config.max_time,
+        "prompt_lookup_num_tokens": generation_config.prompt_lookup_num_tokens,
+    }.items():
+        if ignored:
+            raise ValueError(
+                f"continuous batching has no `{name}` (got {getattr(generation_config, name)!r}); leave it out, or use "
+                "`generate`"
+            )
+    for processor in model._get_logits_processor(generation_config):
+        name = type(processor).__name__
+        if not processor.supports_continuous_batching and name not in POINTWISE_PROCESSORS:
+            raise ValueError(
+                f"continuous batching cannot apply {name}, which looks at more than the logits at hand; leave out the "
+                "setting of the generation configuration that asks for it, or use `generate`"
+            )

@@ -1,0 +1,231 @@
+"""Continuous batching: the tokens of `generate`, from pages that hold latents and nothing else."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, DynamicCache, GenerationConfig
+from transformers.generation.continuous_batching.cache import PagedAttentionCache, PagedAttentionMemoryHandler
+from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
+from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
+
+from modeling_deepseek.paged import GenerationBatchError, group_by_length
+from tests.tiny import tiny_config, tiny_model, tokens
+
+TEACHER = Path(__file__).parents[2] / "recipes/tiny_teacher"
+# So many of the 256 tokens end a text that texts have all lengths.
+GREEDY = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=list(range(200, 212)), pad_token_id=0)
+SMALL_PAGES = {"page_size": 16, "num_blocks": 64}
+
+
+def ragged(count: int = 10, longest: int = 60, seed: int = 0) -> list[list[int]]:
+    """Prompts of 1 to `longest` tokens, in no order."""
+    noise = random.Random(seed)
+    lengths = [1, 2, longest, *(noise.randint(3, longest) for _ in range(count - 3))]
+    noise.shuffle(lengths)
+    return [tokens(1, length, seed=seed * 1000 + number)[0].tolist() for number, length in enumerate(lengths)]
+
+
+def padded_generate(model, prompts: list[list[int]], config: GenerationConfig = GREEDY) -> list[list[int]]:
+    """What `generate` adds to each prompt in one batch, padded on the left, up to the first token that ends a text."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    rows = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    last = [next((place for place, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    return [row[: place + 1] for row, place in zip(rows, last, strict=True)]
+
+
+def batched(model, prompts: list[list[int]], config: GenerationConfig = GREEDY, **settings) -> list[list[int]]:
+    """What `generate_batch` adds to each prompt."""
+    results = model.generate_batch(prompts, config, ContinuousBatchingConfig(**{**SMALL_PAGES, **settings}))
+    assert [result.prompt_ids for result in results.values()] == prompts
+    return [result.generated_tokens for result in results.values()]
+
+
+@pytest.fixture
+def seen(monkeypatch) -> dict:
+    """What became of the caches made in this test: the objects, tokens found in shared pages, requests put back."""
+    seen: dict = {"caches": [], "shared": 0, "offloads": 0}
+    init, search = PagedAttentionCache.__init__, PagedAttentionCache.search_prefix_match
+    offload = OffloadingManager.offload_requests
+
+    def spy_init(self, *args, **kwargs):
+        seen["caches"].append(self)
+        init(self, *args, **kwargs)
+
+    def spy_search(self, *args):
+        found = search(self, *args)
+        seen["shared"] += found
+        return found
+
+    def spy_offload(self):
+        waiting = len(self.scheduler.waiting_requests)
+        done = offload(self)
+        seen["offloads"] += len(self.scheduler.waiting_requests) - waiting
+        return done
+
+    monkeypatch.setattr(PagedAttentionCache, "__init__", spy_init)
+    monkeypatch.setattr(PagedAttentionCache, "search_prefix_match", spy_search)
+    monkeypatch.setattr(OffloadingManager, "offload_requests", spy_offload)
+    return seen
+
+
+# The tokens of `generate`.
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["v2", "v3"])
+def test_ragged_prompts_get_the_tokens_of_generate(family, attention):
+    model, prompts = tiny_model(family, attn_implementation=attention), ragged()
+    expected = padded_generate(model, prompts)
+    assert len({len(text) for text in expected}) > 3
+    assert batched(model, prompts) == expected
+    assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("path", ["expanded", "absorbed"])
+def test_both_paths_of_attention(path):
+    model, prompts = tiny_model(), ragged()
+    expected = padded_generate(model, prompts)
+    model.config.mla_path = path
+    assert batched(model, prompts) == expected
+    assert batched(model, prompts, max_batch_tokens=24) == expected
+
+
+@pytest.mark.parametrize("family", ["v2", "v3"])
+def test_few_pages_send_requests_back_to_the_queue(family, seen):
+    """Twelve pages of 16 tokens hold two long requests: the others wait, and some are put back and begin again."""
+    model, prompts = tiny_model(family), ragged()
+    config = GenerationConfig(max_new_tokens=60, do_sample=False, eos_token_id=250, pad_token_id=0)
+    expected = padded_generate(model, prompts, config)
+    assert batched(model, prompts, config, num_blocks=12, safety_margin=0.0) == expected
+    assert seen["offloads"] > 0
+
+
+def test_prompts_longer_than_a_batch_come_in_chunks():
+    model, prompts = tiny_model(), ragged(longest=90)
+    expected = padded_generate(model, prompts)
+    for budget in (7, 32):
+        assert batched(model, prompts, max_batch_tokens=budget) == expected
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_shared_prefixes(sharing, seen):
+    model, beginning = tiny_model(), tokens(1, 40, seed=9)[0].tolist()
+    prompts = [beginning + prompt for prompt in ragged(6, 20)] + [beginning]
+    expected = padded_generate(model, prompts)
+    settings = {"allow_block_sharing": sharing, "max_requests_per_batch": 2}  # the first fill the pages of the others
+    assert batched(model, prompts, **settings) == expected
+    assert (seen["shared"] >= 32 * 4) is sharing
+
+
+def test_a_cache_of_an_odd_width():
+    model, prompts = tiny_model(kv_lora_rank=31), ragged(5)
+    assert batched(model, prompts) == padded_generate(model, prompts)
+
+
+def test_bfloat16_up_to_its_rounding():
+    """Padded and packed matrix products round differently: the first tokens agree, and most of all."""
+    model, prompts = tiny_model().to(torch.bfloat16), ragged()
+    config = GenerationConfig(**{**GREEDY.to_dict(), "max_new_tokens": 1})
+    pairs = list(zip(batched(model, prompts, config), padded_generate(model, prompts, config), strict=True))
+    assert sum(ours == theirs for ours, theirs in pairs) >= len(pairs) - 1
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    """The trained model in this repository, and its prompts for questions of several lengths."""
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+    noise = random.Random(4)
+    questions = [
+        "State the final answer to the following arithmetic problem: "
+        + " + ".join(str(noise.randint(10, 999)) for _ in range(noise.randint(2, 6)))
+        + " ="
+        for _ in range(12)
+    ] + [f"Spell this word backward (example: sun -> nus): {word}" for word in ("lamp", "horses", "understanding")]
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True).input_ids
+        for question in questions
+    ]
+    return model, prompts
+
+
+def test_a_trained_model_on_real_prompts(teacher, seen):
+    model, prompts = teacher
+    config = GenerationConfig(max_new_tokens=100, do_sample=False)
+    expected = padded_generate(model, prompts, GenerationConfig(**config.to_diff_dict(), eos_token_id=2))
+    assert sum(text[-1] == 2 for text in expected) > len(expected) / 2
+    assert batched(model, prompts, config, num_blocks=40, max_batch_tokens=64, safety_margin=0.0) == expected
+    assert batched(model, prompts, config, num_blocks=None, page_size=256) == expected
+
+
+# What is in the pages.
+
+
+def test_pages_hold_the_latents_of_the_cache(seen, monkeypatch):
+    """A page is so many rows of C + R values, those of the ordinary cache, in the order of the tokens."""
+    model, prompts = tiny_model(), ragged(4)
+    layers, width = model.config.num_hidden_layers, model.config.kv_lora_rank + model.config.qk_rope_head_dim
+    pages, free = {}, FullAttentionCacheAllocator.free_blocks
+
+    def keep(self, request_id, no_cache=False):
+        (block,) = self.block_table[request_id]
+        pages[request_id] = self._copy_view[block].view(torch.float32).view(layers, 128, width).clone()
+        return free(self, request_id, no_cache)
+
+    monkeypatch.setattr(FullAttentionCacheAllocator, "free_blocks", keep)
+    batched(model, prompts, GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1), page_size=128)
+    assert seen["caches"][0].cache_tensor.numel() == (64 + 2) * 128 * model.config.cache_values_per_token * 4
+    for number, prompt in enumerate(prompts):
+        cache = DynamicCache(config=model.config)
+        model(torch.tensor([prompt]), past_key_values=cache)
+        for layer in range(layers):
+            latents = torch.cat([cache.layers[layer].keys, cache.layers[layer].values], dim=-1)[0, 0]
+            torch.testing.assert_close(pages[f"req_{number}"][layer, : len(prompt)], latents, atol=1e-5, rtol=1e-5)
+
+
+def test_the_number_of_pages_that_fit_is_what_latents_take(seen, monkeypatch):
+    available = 200 * 2**20
+    monkeypatch.setattr(PagedAttentionMemoryHandler, "get_available_memory", lambda self: available)
+    config = tiny_config()
+    model = tiny_model()
+    with model.continuous_batching_context_manager(
+        GREEDY, continuous_batching_config=ContinuousBatchingConfig(max_batch_tokens=64, page_size=16)
+    ):
+        pass
+    cache = seen["caches"][0]
+    per_token = config.cache_values_per_token * 4
+    # Beside a token in the pages: the copy of its latent that a layer reads, and its number.
+    beside = (config.kv_lora_rank + config.qk_rope_head_dim) * 4 + 8
+    tokens_that_fit = cache.num_blocks * 16
+    assert available * 0.99 < tokens_that_fit * (per_token + beside) < available
+
+
+def test_nothing_else_sees_the_width_of_a_page():
+    model = tiny_model()
+    batched(model, ragged(3))
+    assert model.config.head_dim == model.config.qk_rope_head_dim
+    assert model.config.num_key_value_heads == model.config.num_attention_heads
+    assert model.config.to_dict() == tiny_model().config.to_dict()
+
+
+def test_groups_cover_each_request_once():
+    noise = random.Random(1)
+    lengths = []
+    for _ in range(300):
+        q = noise.choice([1, 1, noise.randint(2, 300)])
+        lengths.append((q, noise.choice([q, q + noise.randint(1, 3000)])))
+    groups = group_by_length(lengths, max_scores=10**6)
+    assert sorted(number for group in groups for number in group) == list(range(300))
+    for group in groups:
+        kinds = {(q > 1, q > 1 and s > q) for q, s in (lengths[number] for number in group)}
+        padded = len(group) * max(lengths[n][0] for n in group) * max(lengths[n][1] for n in group)
+        wanted = sum(lengths[n][0] * lengths[n][1] for n in group)
+        assert len(kinds) == 1
+        assert len(group) == 1 or padded <= max(1.5 * wanted, wanted + 2048)
+        assert len(group) == 1 or padded <= 10**6
+    assert len(groups) < 150
