@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         DeepseekV3PreTrainedModel,
     )
     from .moe import max_violation
+    from .paged import GenerationBatchError
     from .trainer_callback import DeepseekTrainerCallback
 
 _HOME = {
@@ -52,6 +53,7 @@ _HOME = {
     "count_parameters": "counts",
     "max_violation": "moe",
     "target_modules": "adapters",
+    "GenerationBatchError": "paged",
     "DeepseekTrainerCallback": "trainer_callback",
 }
 _HOME |= {
@@ -76,6 +78,7 @@ __all__ = [
     "DeepseekV3ForTokenClassification",
     "DeepseekV3Model",
     "DeepseekV3PreTrainedModel",
+    "GenerationBatchError",
     "ParameterCount",
     "count_parameters",
     "max_violation",

@@ -91,7 +91,8 @@ def group_by_length(lengths: Sequence[tuple[int, int]], max_scores: int = MAX_SC
     """
     kinds: tuple[list[int], ...] = ([], [], [])
     for number, (q, s) in enumerate(lengths):
-        kinds[0 if q == 1 else 1 if q == s else 2].append(number)
+        if q:
+            kinds[0 if q == 1 else 1 if q == s else 2].append(number)
     groups: list[list[int]] = []
     for members in kinds:
         group: list[int] = []
@@ -198,6 +199,22 @@ class LatentBatchingManager(ContinuousBatchingManager):
         """As transformers', for requests that have a token and fit into `max_position_embeddings`."""
         check_request(self.model.config, input_ids, max_new_tokens or self.generation_config.max_new_tokens)
         return super().add_request(input_ids, max_new_tokens=max_new_tokens, **kwargs)
+
+    def _generation_step(self) -> None:
+        # A prompt with several samples is forked before its last token, and may have no other that is new.
+        assert self.batch_processor is not None
+        if self.batch_processor.inputs_and_outputs.num_q_tokens:  # type: ignore[union-attr]  # not the asynchronous one
+            super()._generation_step()
+
+    def _handle_critical_error(self, error: Exception, batch_processor: ContinuousBatchProcessor | None) -> None:
+        if "No requests can be scheduled" in str(error) and batch_processor is not None:
+            cache = batch_processor.cache
+            error = RuntimeError(
+                f"a request needs more than the {cache.num_blocks} pages of "
+                f"{self.continuous_batching_config.page_size} tokens that there are; raise `num_blocks` or "
+                "`max_memory_percent`, or leave both out"
+            )
+        super()._handle_critical_error(error, batch_processor)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         # What is made here knows the model by these four alone, the configuration being what sizes the pages.
@@ -342,7 +359,7 @@ def _refuse(model: Any, generation_config: GenerationConfig, settings: Continuou
                 f"continuous batching has no `{name}` (got {getattr(generation_config, name)!r}); leave it out, or use "
                 "`generate`"
             )
-    for processor in model._get_logits_processor(generation_config):
+    for processor in model._get_logits_processor(generation_config, input_ids_seq_length=1):
         name = type(processor).__name__
         if not processor.supports_continuous_batching and name not in POINTWISE_PROCESSORS:
             raise ValueError(

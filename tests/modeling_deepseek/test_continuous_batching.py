@@ -10,7 +10,8 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
-from modeling_deepseek.paged import GenerationBatchError, group_by_length
+from modeling_deepseek import GenerationBatchError
+from modeling_deepseek.paged import group_by_length
 from tests.tiny import tiny_config, tiny_model, tokens
 
 TEACHER = Path(__file__).parents[2] / "recipes/tiny_teacher"
@@ -229,3 +230,126 @@ def test_groups_cover_each_request_once():
         assert len(group) == 1 or padded <= max(1.5 * wanted, wanted + 2048)
         assert len(group) == 1 or padded <= 10**6
     assert len(groups) < 150
+
+
+# Sampling, and what a generation configuration asks for.
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}, {"min_p": 0.05}])
+def test_one_request_is_sampled_as_by_generate(settings):
+    """Both draw one token a step from torch's generator, so that the same seed gives the same text."""
+    model = tiny_model()
+    config = GenerationConfig(max_new_tokens=20, do_sample=True, top_k=0, eos_token_id=250, pad_token_id=0)
+    config.update(**settings)
+    (prompt,) = ragged(3)[:1]
+    torch.manual_seed(7)
+    expected = padded_generate(model, [prompt], config)
+    assert batched(model, [prompt], config, seed=7) == expected
+    assert batched(model, [prompt], config, seed=8) != expected
+
+
+def test_samples_of_one_prompt_follow_each_other():
+    """Also for prompts all but whose last token another has left in the pages, and for those of one token."""
+    model, shared = tiny_model(), tokens(1, 32, seed=9)[0].tolist()
+    prompts = [*ragged(4), [*shared, 7], [*shared, 8], [*shared, 9]]
+    config = GenerationConfig(max_new_tokens=12, do_sample=True, num_return_sequences=3, eos_token_id=250)
+    settings = ContinuousBatchingConfig(**SMALL_PAGES, seed=3, max_requests_per_batch=1)
+    results = list(model.generate_batch(prompts, config, settings).values())
+    assert len(results) == 21
+    for number, prompt in enumerate(prompts):
+        texts = {tuple(result.generated_tokens) for result in results[3 * number : 3 * number + 3]}
+        assert all(result.prompt_ids == prompt for result in results[3 * number : 3 * number + 3])
+        assert len(texts) == 3
+    again = model.generate_batch(prompts, config, settings)
+    assert [result.generated_tokens for result in again.values()] == [result.generated_tokens for result in results]
+
+
+def test_log_probabilities_are_those_of_a_forward_pass():
+    model, prompts = tiny_model(), ragged(5)
+    settings = ContinuousBatchingConfig(**SMALL_PAGES, return_logprobs=True)
+    for result in model.generate_batch(prompts, GREEDY, settings).values():
+        text = result.prompt_ids + result.generated_tokens
+        logits = model(torch.tensor([text])).logits[0, len(result.prompt_ids) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(result.generated_tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(result.logprobs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_left_open_is_taken_from_the_model():
+    """transformers takes a generation configuration as it is here: without an end of text where it names none, and
+    with keywords thrown away."""
+    model, prompts = tiny_model(), ragged(5)
+    model.generation_config.eos_token_id = GREEDY.eos_token_id
+    expected = padded_generate(model, prompts)
+    short = [text[:20] for text in expected]
+    assert batched(model, prompts, GenerationConfig(max_new_tokens=24)) == expected
+    settings = ContinuousBatchingConfig(**SMALL_PAGES)
+    for results, texts in (
+        (model.generate_batch(prompts, continuous_batching_config=settings, max_new_tokens=24), expected),
+        (model.generate_batch(prompts, continuous_batching_config=settings), short),
+        (model.generate_batch([torch.tensor(prompt) for prompt in prompts], max_new_tokens=24), expected),
+    ):
+        assert [result.generated_tokens for result in results.values()] == texts
+    assert model.generate_batch([]) == {}
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"repetition_penalty": 1.2}, "RepetitionPenalty"),
+        ({"no_repeat_ngram_size": 2}, "NoRepeatNGram"),
+        ({"min_new_tokens": 5}, "MinNewTokens"),
+        ({"num_beams": 2}, "num_beams"),
+        ({"stop_strings": ["."]}, "stop_strings"),
+        ({"max_length": 100, "max_new_tokens": None}, "max_new_tokens"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(settings, message):
+    config = GenerationConfig(**{**GREEDY.to_diff_dict(), **settings})
+    with pytest.raises(ValueError, match=message):
+        batched(tiny_model(), ragged(3), config)
+
+
+@pytest.mark.parametrize("name", ["use_cuda_graph", "use_async_batching", "default_compile_level"])
+def test_what_pages_of_latents_cannot_do_is_refused(name):
+    with pytest.raises(ValueError, match=f"`{name}` cannot run on pages of latents"):
+        batched(tiny_model(), ragged(3), **{name: True})
+
+
+def test_an_attention_that_cannot_be_paged_is_refused():
+    with pytest.raises(ValueError, match=r"flex_attention is not supported.*'paged\|eager', 'sdpa'"):
+        batched(tiny_model(attn_implementation="flex_attention"), ragged(3))
+
+
+def test_a_request_that_cannot_be_is_refused_before_any_runs():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="`max_position_embeddings` 512"):
+        batched(model, [[5] * 489, [5]])
+    with pytest.raises(ValueError, match="no token"):
+        batched(model, [[5], []])
+    with pytest.raises(TypeError, match="max_tokens"):
+        model.generate_batch([[5]], max_tokens=3)
+
+
+def test_requests_that_fail_are_an_exception_that_holds_the_rest(monkeypatch):
+    """transformers returns normally, with the error on each request."""
+    model, forward, calls = tiny_model(), tiny_model().model.layers[0].forward, []
+    with pytest.raises(GenerationBatchError, match=r"1 of 1 requests failed: .* 4 pages of 16 tokens") as error:
+        batched(model, [[5] * 200], num_blocks=4)
+    assert error.value.results == {}
+
+    def breaks(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 30:
+            raise RuntimeError("the first layer fell over")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.model.layers[0], "forward", breaks)
+    config = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=-1)
+    with pytest.raises(GenerationBatchError, match="3 of 4 requests failed: the first layer fell over") as error:
+        batched(model, [[5] * 9, [6] * 9, [7] * 9, [8]], config, max_requests_per_batch=1)
+    (result,) = error.value.results.values()
+    assert result.error is None
+    assert len(result.generated_tokens) == 24
