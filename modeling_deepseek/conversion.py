@@ -9,11 +9,12 @@ ceil(r / 128) x ceil(c / 128), so that the last blocks may be ragged.
 """
 
 import json
+import math
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ SCALE_SUFFIX = "_scale_inv"
 FP8_WEIGHT = re.compile(r"layers\.\d+\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
 MTP_COPIES = re.compile(r"^layers\.(\d+)\.(embed_tokens|shared_head\.head)\.weight$")
 OF_HEADS = re.compile(r"^(lm_head|score|classifier|qa_outputs)\.")
+# What bitsandbytes saves beside a weight in 4 bits and in 8.
+STATISTICS = re.compile(
+    r"^(.+)\.(weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)|SCB|weight_format)$"
+)
 EXPERTS = re.compile(r"^(layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 
 
@@ -112,11 +117,16 @@ class StoredTensor:
 @dataclass(frozen=True)
 class LazyParameter:
     """What transformers' loader takes for a tensor slice: indexing reads it, in final shape and dtype. A model that is
-    spread over ranks asks for a box of slices, one an axis, and `read_part` reads no more than that from the file."""
+    spread over ranks asks for a box of slices, one an axis, and `read_part` reads no more than that from the file.
+    `parts` are what a stack of experts is made of, by expert and projection; `statistics` belong to what bitsandbytes
+    quantised, by name: "weight.absmax", "SCB", ..."""
 
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
     read_part: Callable[[tuple[slice, ...]], torch.Tensor] | None = None
+    stored_as: str = "F32"
+    parts: tuple[tuple["LazyParameter", ...], ...] = ()
+    statistics: dict[str, "LazyParameter"] = field(default_factory=dict)
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
@@ -125,6 +135,9 @@ class LazyParameter:
         if self.read_part is not None and isinstance(index, tuple) and len(index) == len(self.shape):
             return self.read_part(index)
         return self.read()[index]
+
+    def get_dtype(self) -> str:
+        return self.stored_as
 
 
 def open_checkpoint(files: Iterable[str]) -> dict[str, StoredTensor]:
@@ -189,7 +202,8 @@ def stored_mtp_modules(names: Iterable[str], num_hidden_layers: int) -> set[int]
 
 class LoadingPlan:
     """Matches stored tensors with parameters. `parameters` maps each parameter's name to a tensor of its shape and
-    dtype (on any device, meta included); `optional` are those that may be missing (new heads, tied weights)."""
+    dtype (on any device, meta included); `optional` are those that may be missing (new heads, tied weights), and
+    `quantized` those whose weights bitsandbytes has quantised in the file, empty where none is."""
 
     def __init__(
         self,
@@ -199,8 +213,11 @@ class LoadingPlan:
         block_size: tuple[int, int] = BLOCK_SIZE,
         optional: Callable[[str], bool] = lambda name: False,
         any_shape: bool = False,
+        quantized: Collection[str] = (),
     ):
         self.config = config
+        self.quantized = {without_prefix(name) for name in quantized}
+        self.beside: dict[str, list[str]] = {}  # names of bitsandbytes' statistics by the name of their weight
         self.block_size = block_size
         self.any_shape = any_shape
         self.stored: dict[str, StoredTensor] = {}
@@ -208,6 +225,9 @@ class LoadingPlan:
             twin = self.stored.setdefault(without_prefix(name), tensor)
             if twin is not tensor:
                 raise CheckpointError(f"{tensor} and {twin} are the same tensor of the model; remove the wrong one")
+        for name in self.stored if self.quantized else ():
+            if match := STATISTICS.match(name):
+                self.beside.setdefault(f"{match[1]}.weight", []).append(name)
         self.prefixed = any(name.startswith("model.") for name in stored)
         self.used: set[str] = set()
         self.missing: list[str] = []
@@ -219,6 +239,14 @@ class LoadingPlan:
                 self.parameters[name] = lazy
             elif optional(name):
                 del self.missing[missing:]
+
+    def with_statistics(self) -> dict[str, LazyParameter]:
+        """`parameters`, and the statistics of those that are quantised in the file under names of their own."""
+        named = dict(self.parameters)
+        for name, parameter in self.parameters.items():
+            for suffix, tensor in parameter.statistics.items():
+                named[name.removesuffix("weight") + suffix] = tensor
+        return named
 
     def raise_for_leftovers(self) -> None:
         """Raises `CheckpointError` for parameters without a tensor, and for tensors without a parameter."""
@@ -257,11 +285,14 @@ class LoadingPlan:
             return self._single(name, shape, dtype)
         halves = ("gate_proj", "up_proj") if experts[2] == "gate_up_proj" else ("down_proj",)
         rows = shape[1] // len(halves)
-        parts = [
-            [self._single(f"{experts[1]}.{expert}.{half}.weight", torch.Size((rows, shape[2])), dtype, stacked=True)
+        found = [
+            [self._single(f"{experts[1]}.{expert}.{half}.weight", torch.Size((rows, shape[2])), dtype, stack=name)
              for half in halves]
             for expert in range(shape[0])
         ]  # fmt: skip
+        parts = tuple(tuple(part for part in pair if part is not None) for pair in found)
+        if any(len(pair) < len(halves) for pair in parts):
+            return None
 
         def read_part(box: tuple[slice, ...]) -> torch.Tensor:
             experts, (start, stop, _), columns = parts[box[0]], box[1].indices(shape[1]), box[2]
@@ -270,22 +301,22 @@ class LoadingPlan:
                 for half, part in enumerate(pair):
                     first, last = max(start, half * rows), min(stop, (half + 1) * rows)
                     if first < last:
-                        assert part is not None
                         within = slice(first - half * rows, last - half * rows)
                         stacked[expert, first - start : last - start] = part[within, columns]
             return stacked
 
-        if any(part is None for pair in parts for part in pair):
-            return None
-        return LazyParameter(tuple(shape), lambda: read_part((slice(None),) * 3), read_part)
+        return LazyParameter(tuple(shape), lambda: read_part((slice(None),) * 3), read_part, parts=parts)
 
-    def _single(self, name: str, shape: torch.Size, dtype: torch.dtype, stacked: bool = False) -> LazyParameter | None:
+    def _single(self, name: str, shape: torch.Size, dtype: torch.dtype, stack: str = "") -> LazyParameter | None:
+        """The tensor `name`, whole or as a part of `stack`."""
         tensor = self.stored.get(name)
         if tensor is None:
             self.missing.append(name)
             return None
         self.used.add(name)
-        if tensor.shape != tuple(shape) and (stacked or not self.any_shape):
+        if (stack or name) in self.quantized and (name in self.beside or not stack):
+            return self._quantized(name, shape, tensor)
+        if tensor.shape != tuple(shape) and (stack or not self.any_shape):
             raise CheckpointError(
                 f"{tensor} has shape {tensor.shape}, but the configuration calls for {tuple(shape)}; correct whichever "
                 "is wrong"
@@ -296,7 +327,7 @@ class LoadingPlan:
         if tensor.dtype != "F8_E4M3":
             # A scale beside it stays unused, and is surplus.
             return LazyParameter(
-                tensor.shape, lambda: tensor.read().to(dtype), lambda box: tensor.read_part(box).to(dtype)
+                tensor.shape, lambda: tensor.read().to(dtype), lambda box: tensor.read_part(box).to(dtype), tensor.dtype
             )
         if scale is None:
             raise CheckpointError(f"{tensor} is in FP8, but its scales {tensor.name + SCALE_SUFFIX} are missing")
@@ -309,6 +340,36 @@ class LoadingPlan:
         return LazyParameter(
             tensor.shape, lambda: dequantize_blocks(tensor.read(), scale.read(), dtype, self.block_size)
         )
+
+    def _quantized(self, name: str, shape: torch.Size, tensor: StoredTensor) -> LazyParameter:
+        """A weight that bitsandbytes has quantised, and its statistics, as they are in the file."""
+        beside = self.beside.get(name, [])
+        module = name.removesuffix("weight")
+        statistics = {
+            other.removeprefix(module): LazyParameter(
+                self.stored[other].shape, self.stored[other].read, stored_as=self.stored[other].dtype
+            )
+            for other in beside
+        }
+        if "SCB" in statistics:
+            complete, fits = True, tensor.shape == tuple(shape)
+        else:
+            complete = "weight.absmax" in statistics and any(".quant_state." in other for other in beside)
+            n_bytes = math.prod(tensor.shape) * {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}.get(tensor.dtype, 1)
+            fits = n_bytes == -(-math.prod(shape) // 2)
+        if not complete:
+            raise CheckpointError(
+                f"{tensor} should be quantised, but what bitsandbytes saves with it is missing or incomplete "
+                f"({some_of(beside) or 'nothing is there'}); fetch the file again, or name the layer in "
+                "`llm_int8_skip_modules` of the configuration if it is stored whole"
+            )
+        if not fits:
+            raise CheckpointError(
+                f"{tensor} has shape {tensor.shape} ({tensor.dtype}), but a quantised matrix of {tuple(shape)} is "
+                "called for; correct the file or its configuration"
+            )
+        self.used.update(beside)
+        return LazyParameter(tensor.shape, tensor.read, stored_as=tensor.dtype, statistics=statistics)
 
     def check_mtp_copies(self) -> None:
         """The file's copies of the shared embedding and head must be copies, since only the shared ones are loaded.

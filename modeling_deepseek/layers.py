@@ -1,7 +1,10 @@
-"""RMSNorm and the gated MLP, the parts that every other file uses.
+"""RMSNorm, the gated MLP and the weight of a quantised layer, the parts that every other file uses.
 
 Legend: D hidden size, F intermediate size, ... any leading axes.
 """
+
+import importlib
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,3 +43,20 @@ class DeepseekMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def dequantized_weight(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor | None:
+    """The weight (outputs, inputs) of one of bitsandbytes' layers as it multiplies; None for any other layer, among
+    them adapters on one of these."""
+    kind = type(linear).__name__ if type(linear).__module__.startswith("bitsandbytes.") else ""
+    weight = cast(Any, getattr(linear, "weight", None))
+    if kind not in ("Linear4bit", "Linear8bitLt") or weight.is_meta:
+        return None
+    functional = importlib.import_module("bitsandbytes").functional
+    if kind == "Linear4bit":
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):  # rearranged, see `replace_experts`
+            return None
+        return functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    state = cast(Any, linear).state
+    scale = weight.SCB if state.SCB is None else state.SCB  # moved by the layer's first forward pass
+    return None if scale is None else functional.int8_vectorwise_dequant(weight.data, scale).to(dtype)

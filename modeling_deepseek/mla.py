@@ -24,7 +24,7 @@ from transformers.distributed.utils import is_dtensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_deepseek import DeepseekConfig
-from .layers import DeepseekRMSNorm
+from .layers import DeepseekRMSNorm, dequantized_weight
 from .paged import PagedBatch
 from .parallel import summed_gradient
 from .rope import apply_rope, rope_magnitudes
@@ -169,14 +169,16 @@ class DeepseekMLA(nn.Module):
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=bias)
 
     def kv_b_weight(self) -> torch.Tensor:
-        """[W_UK; W_UV] per head, (H, N + V, C); under tensor parallelism of this rank's heads. Read from the layer, or,
-        where the layer is more than a weight (adapters, quantised or offloaded layers), as its answer to the unit
-        vectors."""
+        """[W_UK; W_UV] per head, (H, N + V, C); under tensor parallelism of this rank's heads. Read from the layer,
+        dequantised where it is quantised, or, where the layer is more than a weight (adapters, offloaded layers), as
+        its answer to the unit vectors."""
         plain = type(self.kv_b_proj) is nn.Linear
         if plain and not self.kv_b_proj.weight.is_meta and not hasattr(self.kv_b_proj.weight, "ds_id"):  # DeepSpeed's
             weight = self.kv_b_proj.weight
             if is_dtensor(weight):
                 weight = weight.to_local()
+        elif (dequantized := dequantized_weight(self.kv_b_proj, self.kv_a_layernorm.weight.dtype)) is not None:
+            weight = dequantized
         else:
             if self.training and any(isinstance(one, nn.Dropout) and one.p > 0 for one in self.kv_b_proj.modules()):
                 raise ValueError(

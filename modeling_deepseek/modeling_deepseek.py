@@ -56,6 +56,17 @@ from .mtp import DeepseekMTPLayer, same_document, shift_left, targets_ahead
 from .packing import SequenceContext, documents, paged_context, sequence_context
 from .paged import LatentBatching
 from .parallel import check_layout, is_spread, rules_that_apply, whole_state
+from .quantization import (
+    device_of,
+    is_bitsandbytes,
+    one_by_one,
+    quantized_experts,
+    replace_experts,
+    restore_experts,
+    skipping_by_default,
+    statistics_bytes,
+    unquantized,
+)
 from .rope import rope_angles, rope_frequencies, rope_magnitudes
 
 logger = logging.get_logger(__name__)
@@ -90,6 +101,7 @@ TRAVELLING_FILES = (
     "losses.py",
     "adapters.py",
     "conversion.py",
+    "quantization.py",
     "modeling_deepseek.py",
 )
 
@@ -253,6 +265,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
 
         - FP8 block checkpoints load into `dtype` (the file's own `torch_dtype`, bfloat16 in the releases, by default)
           on any device, exactly: fp8 times scale in float32, rounded once.
+        - With `quantization_config=BitsAndBytesConfig(...)` the routed experts are quantised as the linear layers are,
+          matrix by matrix, from FP8 checkpoints too (see quantization.py).
         - `num_nextn_predict_layers=0` leaves the MTP modules out; more than the checkpoint has adds fresh ones. A
           checkpoint that promises modules and has no tensor of them (as transformers saves it) loads without, with a
           warning, and its configuration then says so. With a `config` object, set the field there instead.
@@ -275,7 +289,14 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             kwargs = {**where, **kwargs}
         config = copy.deepcopy(config)
         stored_as = getattr(config, "quantization_config", None)
-        if quantization_config is None and isinstance(stored_as, dict) and stored_as.get("quant_method") == "fp8":
+        with_bitsandbytes = is_bitsandbytes(quantization_config)
+        if with_bitsandbytes and not is_bitsandbytes(stored_as):
+            quantization_config = skipping_by_default(quantization_config)
+        if (
+            isinstance(stored_as, dict)
+            and stored_as.get("quant_method") == "fp8"
+            and (quantization_config is None or with_bitsandbytes)
+        ):
             block_size = stored_as.get("weight_block_size") or BLOCK_SIZE
             del config.quantization_config  # or transformers would put its own FP8 layers in place of ours
             config._fp8_block_size = tuple(block_size)
@@ -285,44 +306,79 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             kwargs["quantization_config"] = quantization_config
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
+    def _get_dtype_plan(self, dtype):
+        # transformers has put its quantised linear layers in place and is about to size up the model for `device_map`.
+        quantization_config = getattr(self.config, "quantization_config", None)
+        if self.device.type == "meta" and getattr(self, "is_quantized", False) and is_bitsandbytes(quantization_config):
+            replace_experts(self, quantization_config)
+        return super()._get_dtype_plan(dtype)
+
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         """transformers' own loading, fed with parameters that are read, stacked and dequantised one at a time.
         Each rank of a model that is spread over devices reads its own part. Where the pieces must come from files
-        themselves (layers that quantise on load, formats other than safetensors), theirs."""
+        themselves (layers that quantise on load by other means than bitsandbytes, formats other than safetensors),
+        theirs."""
         if getattr(model, "_hf_peft_config_loaded", False):  # `load_adapter`
             adapter = read_adapter(model, checkpoint_files) if state_dict is None else own_layout(model, state_dict)
             return PreTrainedModel._load_pretrained_model(model, adapter, None, load_config, expected_keys)
         config = model.config
+        quantizer = load_config.hf_quantizer
+        with_bitsandbytes = quantizer is not None and is_bitsandbytes(quantizer.quantization_config)
         block_size = config.__dict__.pop("_fp8_block_size", None)
         plain = (
             checkpoint_files is not None
             and all(file.endswith(".safetensors") for file in checkpoint_files)
-            and load_config.hf_quantizer is None
+            and (quantizer is None or (with_bitsandbytes and load_config.device_mesh is None))
             and not is_deepspeed_zero3_enabled()
         )
         if plain:
             stored = open_checkpoint(checkpoint_files)
             _settle_mtp_modules(model, stored, checkpoint_files[0])
+            stacks, parameters = quantized_experts(model), unquantized(model)
             plan = LoadingPlan(
                 config,
-                model.state_dict(),
+                parameters,
                 stored,
                 block_size or BLOCK_SIZE,
                 optional=lambda name: _may_be_missing(model, name),
                 any_shape=load_config.ignore_mismatched_sizes,
+                quantized=[
+                    name
+                    for name in parameters
+                    if quantizer.pre_quantized and (name in stacks or quantizer.param_needs_quantization(model, name))
+                ]
+                if with_bitsandbytes
+                else (),
             )
             plan.check_mtp_copies()
             plan.raise_for_leftovers()
-            state_dict, checkpoint_files = plan.parameters, None
-            load_config = dataclasses.replace(load_config, weight_mapping=[])
+            stored_stacks = {name: plan.parameters.pop(name, None) for name in stacks}
+            state_dict, checkpoint_files = plan.with_statistics(), None
+            mapping = quantizer.get_weight_conversions() if with_bitsandbytes else []
+            load_config = dataclasses.replace(load_config, weight_mapping=mapping)
         elif block_size is not None:
             raise ValueError(
                 "an FP8 checkpoint can be loaded from safetensors files only, and not together with a "
                 "quantization other than its own; load it once, save it without `fp8=True`, and load that"
             )
+        elif quantized_experts(model):
+            raise ValueError(
+                "experts in 4 or 8 bits are loaded from safetensors files only, and not together with a device mesh or "
+                "DeepSpeed's ZeRO-3; save the model as safetensors first, or leave the experts out by "
+                "`llm_int8_skip_modules`"
+            )
         result = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         if plain:
+            for path, (module, name) in stacks.items():
+                lazy = stored_stacks[path]
+                if lazy is None:
+                    raise ValueError(
+                        f"{path} is not in the checkpoint, and cannot start from random weights in 4 or 8 bits; add "
+                        "its layer to `llm_int8_skip_modules`, or leave it out: `num_nextn_predict_layers`"
+                    )
+                module.load(name, lazy, device_of(path, load_config.device_map))
+                result[0].missing_keys -= {path, f"{path}_SCB"}
             model._weight_conversions = None  # saving goes by the registered layout, not by what loading used
         elif checkpoint_files is not None or state_dict is not None:
             missing = sorted(name for name in result[0].missing_keys if not _may_be_missing(model, name))
@@ -333,6 +389,18 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                     "correct the configuration"
                 )
         return result
+
+    def dequantize(self, dtype=None):
+        """As transformers', routed experts included."""
+        dtype = self.config.dtype if dtype is None else dtype
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # `save_pretrained` leaves its name there
+        if quantized_experts(self):
+            restore_experts(self, dtype)
+        return super().dequantize(dtype)
+
+    def get_memory_footprint(self, return_buffers=True):
+        """As transformers', with the scales that bitsandbytes keeps beside its weights."""
+        return super().get_memory_footprint(return_buffers) + statistics_bytes(self)
 
     # Saving
 
@@ -348,13 +416,15 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             save_code: put the model's code beside the weights and point `auto_map` to it, so that
                 `trust_remote_code=True` loads these classes where this package is not installed.
         """
+        quantizer = getattr(self, "hf_quantizer", None)
+        with_bitsandbytes = quantizer is not None and is_bitsandbytes(quantizer.quantization_config)
         as_it_is = (
             getattr(self, "_hf_peft_config_loaded", False)
-            or getattr(self, "hf_quantizer", None) is not None
+            or (quantizer is not None and not with_bitsandbytes)
             or any(parameter.is_meta for parameter in self.parameters())
             or kwargs.get("distributed_checkpoint", False)
         )
-        if as_it_is and fp8:
+        if fp8 and (as_it_is or with_bitsandbytes):
             raise ValueError(
                 "`fp8=True` needs a whole model in memory, without adapters, quantisation, offloading or "
                 "`distributed_checkpoint`"
@@ -370,7 +440,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         if not as_it_is:
             if state_dict is None:
                 state_dict = whole_state(self) if is_spread(self) else self.state_dict()
-            state_dict = dict(hub_tensors(self.config, state_dict, fp8))
+            state_dict = dict(hub_tensors(self.config, one_by_one(self, state_dict), fp8))
             kwargs["save_original_format"] = False
         try:
             if fp8:
@@ -380,8 +450,10 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                     "quant_method": "fp8",
                     "weight_block_size": list(BLOCK_SIZE),
                 }
-            elif not as_it_is and had_quantization is not None:
+            elif not as_it_is and not with_bitsandbytes and had_quantization is not None:
                 del self.config.quantization_config  # of a file that the configuration was read from: these are floats
+            if with_bitsandbytes and not as_it_is:
+                delattr(self, "hf_quantizer")  # or transformers would ask it for the tensors, and not take these
             if save_code:
                 self.config.auto_map = self._auto_map()
             elif had_auto_map and _names_missing_code(had_auto_map, save_directory):
@@ -390,6 +462,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                 del self.config.distributed_config  # or it would all be gathered once more
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
+            if quantizer is not None:
+                setattr(self, "hf_quantizer", quantizer)  # noqa: B010  # mypy does not know it
             restored = {"quantization_config": had_quantization, "auto_map": had_auto_map, "distributed_config": layout}
             for name, value in restored.items():
                 if value is not None:
