@@ -4,6 +4,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -337,6 +338,31 @@ def test_a_deepseek_student_trains_its_mtp_modules_and_moves_its_bias(tmp_path):
     assert any("e_score_correction_bias" in name for name in names)
     assert any("eh_proj" in name for name in names)
     assert "max_vio" in read_json(tmp_path / "student" / "log.json")[0]
+
+
+NAMED = {
+    "shared_experts": r"layers\.[12]\.mlp\.shared_experts\.(gate|up|down)_proj",
+    "routed_experts": r"layers\.[12]\.mlp\.experts\.[0-7]\.(gate|up|down)_proj",
+    "mtp": r"layers\.3\.(eh_proj|self_attn\..*_proj(_with_mqa)?|mlp\.(shared_experts|experts\.[0-7])\.(gate|up|down)_proj)",
+    "q_a_proj": r"layers\.[0-3]\.self_attn\.q_a_proj",
+}
+
+
+@pytest.mark.parametrize("targets", [["shared_experts"], ["routed_experts", "q_a_proj"], ["mtp"]])
+def test_an_adapter_of_a_deepseek_student_is_where_the_recipe_says(tmp_path, targets):
+    base = save_base(tmp_path / "base", "deepseek")
+    lora = {"r": 4, "lora_dropout": 0.1, "target_modules": targets}
+    # Rows of every kind, so that every expert is chosen.
+    train(student(base, adapter=lora), {**SFT, "num_train_epochs": 3}, rows(12), tmp_path / "student")
+    asked = re.compile(r"model\.(" + "|".join(NAMED[one] for one in targets) + r")\.weight")
+    assert moved(Path(base), tmp_path / "student" / "model") == {
+        name for name in weights(Path(base)) if asked.fullmatch(name)
+    }
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "student" / "model")
+    adapted = PeftModel.from_pretrained(plain, tmp_path / "student" / "adapter").merge_and_unload()
+    for name, tensor in merged.state_dict().items():
+        assert torch.equal(adapted.state_dict()[name], tensor)
 
 
 # Settings.

@@ -4,20 +4,25 @@ experts, 3 is the MTP module, which routes too."""
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v3 import DeepseekV3Config as TheirConfig
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as Theirs
 
-from modeling_deepseek import target_modules
-from modeling_deepseek.adapters import split_experts
+from modeling_deepseek import DeepseekTrainerCallback, target_modules
+from modeling_deepseek.adapters import split_experts, stack_experts
 from modeling_deepseek.moe import DeepseekExperts
+from tests.modeling_deepseek.test_training import sft_trainer
 from tests.tiny import tiny_model, tokens
 
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
@@ -381,3 +386,277 @@ def test_adapters_of_transformers_own_class_load(targets, tmp_path):
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-4)
     with loaded.disable_adapter():
         assert (logits(loaded) - expected).abs().max() > 1e-2
+
+
+# Dropout.
+
+
+def test_dropout_on_experts_is_of_each_row_and_each_projection():
+    """Its mean over many draws is what there is without, as for a linear layer; in eval mode there is none."""
+    names = ["model.layers.1.mlp.experts.down_proj"]
+    model = adapt(tiny_model(), names, lora_dropout=0.5)
+    without = adapt(tiny_model(), names)
+    assert torch.equal(logits(model), logits(without))
+    generator = torch.Generator().manual_seed(0)
+    hidden, weights = torch.randn(2, 64, generator=generator).repeat(2000, 1), torch.ones(4000, 1)
+    indices = torch.tensor([[3], [5]]).repeat(2000, 1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        dropped = routed(model.train())(hidden, indices, weights).view(2000, 2, 64)
+        expected = routed(without)(hidden, indices, weights).view(2000, 2, 64)
+        model.disable_adapter_layers()
+        base = routed(model)(hidden, indices, weights).view(2000, 2, 64)
+    assert (dropped[0] - dropped[1]).abs().max() > 1e-2  # rows of one expert have masks of their own
+    error, deviation = dropped.mean(0) - expected[0], dropped.std(0) / 2000**0.5
+    assert (error.abs() / deviation).max() < 4.5
+    assert ((base[0] - expected[0]).abs() / deviation).max() > 20, "adapters that do something"
+
+
+def test_dropout_on_kv_b_proj_is_refused_where_it_would_be_another():
+    model = adapt(tiny_model(mla_path="absorbed"), ["kv_b_proj"], lora_dropout=0.1)
+    logits(model)
+    with pytest.raises(ValueError, match="absorbed attention would drop the same"):
+        logits(model.train())
+    model.get_base_model().config.mla_path = "auto"
+    logits(model)  # training is expanded
+
+
+# Several adapters.
+
+
+def test_several_adapters():
+    base = tiny_model()
+    plain = logits(base)
+    model = adapt(base, ["routed_experts", "attention"])
+    first = logits(model)
+    model.add_adapter("second", LoraConfig(r=2, lora_alpha=2, target_modules=["dense_mlp", "down_proj"]))
+    randomise(model, seed=9, adapter="second")
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    second = logits(model)
+    assert (second - first).abs().max() > 1e-3
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model)
+    merged = copy.deepcopy(model)
+    merged.merge_adapter()
+    assert_close(logits(merged), both)
+    with merged.disable_adapter():
+        assert_close(logits(merged), plain)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    assert all(
+        parameter.requires_grad == (".default." in name)
+        for name, parameter in model.named_parameters()
+        if "lora_" in name
+    )
+    model.delete_adapter("second")
+    assert torch.equal(logits(model), first)
+    assert not [name for name, _ in model.named_parameters() if ".second." in name]
+
+
+def test_adapters_are_added_with_weights():
+    model = adapt(tiny_model(), ["routed_experts"])
+    first = logits(model)
+    model.add_adapter("other", LoraConfig(r=4, lora_alpha=8, target_modules=["routed_experts"]))
+    randomise(model, seed=9, adapter="other")
+    model.add_weighted_adapter(["default"], [1.0], "same", combination_type="linear")
+    model.set_adapter("same")
+    torch.testing.assert_close(logits(model), first, rtol=0, atol=1e-4)
+    with pytest.raises(NotImplementedError, match="use 'linear'"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "product", combination_type="svd")
+
+
+def test_a_batch_of_several_adapters_is_refused_for_experts_and_not_wrong_for_attention():
+    model = adapt(tiny_model(), ["routed_experts"])
+    with pytest.raises(ValueError, match="`adapter_names` cannot mix adapters"):
+        model(tokens(), adapter_names=["default", "__base__"])
+
+    model = adapt(tiny_model(mla_path="expanded"), ["attention"])
+    expected = logits(model)
+    with torch.no_grad():
+        mixed = model(tokens(), adapter_names=["default", "__base__"]).logits
+        with model.disable_adapter():
+            plain = logits(model)
+    assert_close(mixed[0], expected[0])
+    assert_close(mixed[1], plain[1])
+    # Absorbed attention has one weight for the whole batch: the unit vectors must not pass for its rows.
+    absorbed = adapt(tiny_model(mla_path="absorbed"), ["kv_b_proj"])
+    rank = absorbed.get_base_model().config.kv_lora_rank
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        absorbed(tokens(rank, 2), adapter_names=["default", "__base__"] * (rank // 2))
+
+
+# Files and loading.
+
+
+def test_every_way_of_loading(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = adapt(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), "all-linear", task_type="CAUSAL_LM")
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits(base), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
+    lazily = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", low_cpu_mem_usage=True)
+    assert torch.equal(logits(lazily), expected)
+
+    # transformers' own way of having adapters
+    native = tiny_model()
+    native.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    randomise(native)
+    assert torch.equal(logits(native), expected)
+    native.save_pretrained(tmp_path / "native")
+    for one in (tmp_path / "native", tmp_path / "adapter"):
+        assert set(load_file(one / "adapter_model.safetensors")) == in_file(ALL)
+    state = get_peft_model_state_dict(native)
+    assert set(state) == {name.removeprefix("base_model.model.") for name in in_file(ALL)}
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "native")), expected)
+    fresh = tiny_model()
+    fresh.load_adapter(peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), adapter_state_dict=state)
+    assert torch.equal(logits(fresh), expected)
+
+
+def test_a_file_with_gaps_is_refused():
+    state = {f"a.experts.{expert}.up_proj.lora_A.weight": torch.zeros(2, 3) for expert in range(4)}
+    assert stack_experts(state)["a.experts.up_proj.lora_A.weight"].shape == (4, 2, 3)
+    assert split_experts(stack_experts(state)).keys() == state.keys()
+    gap = {name: tensor for name, tensor in state.items() if ".2." not in name}
+    with pytest.raises(ValueError, match="of 3 experts and lacks that of 2"):
+        stack_experts(gap)
+    with pytest.raises(ValueError, match=r"different shapes, \[\(1, 3\), \(2, 3\)\]"):
+        stack_experts({**state, "a.experts.1.up_proj.lora_A.weight": torch.zeros(1, 3)})
+
+
+def test_a_router_is_trained_whole_and_saved_with_its_bias(tmp_path):
+    """Named for what it is, `modules_to_save`. Its bias then moves, and comes back with it."""
+    config = LoraConfig(r=4, target_modules=["o_proj"], modules_to_save=["gate"])
+    model = get_peft_model(tiny_model(bias_update_speed=0.25), config).train()
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
+    model(tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    load = model.get_base_model().update_correction_bias()
+    assert load[1].sum() > 0
+    trained, kept = tiny_model().model.layers[1].mlp.gate, model.get_base_model().model.layers[1].mlp.gate
+    assert not torch.equal(kept.modules_to_save["default"].weight, trained.weight)
+    assert not torch.equal(kept.modules_to_save["default"].e_score_correction_bias, trained.e_score_correction_bias)
+    assert torch.equal(kept.original_module.weight, trained.weight)
+    expected = logits(model.eval())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), expected)
+    assert_close(logits(model.merge_and_unload()), expected)
+
+
+# Training.
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_moves_every_adapter_and_nothing_else(checkpointing):
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)).train()
+    if checkpointing:
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    randomise(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=1.0)
+    ids = tokens(8, 40)  # enough that every expert is chosen
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    still = {name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])}
+    assert still == {name for name in before if "lora_" not in name}
+    for name, tensor in model.state_dict().items():
+        if ".mlp.experts." in name and "lora_" in name:
+            assert (tensor != before[name]).flatten(1).any(dim=1).all(), f"each expert of {name}"
+
+
+def test_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapt(tiny_model(), "all-linear", lora_dropout=0.1).train()
+        if checkpointing:
+            model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        model(tokens(), labels=tokens()).loss.backward()
+        gradients.append({name: one.grad for name, one in model.named_parameters() if one.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-6)
+
+
+def test_bfloat16_models_train_adapters_in_float32_and_under_autocast():
+    model = adapt(tiny_model().bfloat16(), ["routed_experts"])
+    factors = [value for name, value in model.named_parameters() if "lora_" in name]
+    assert {value.dtype for value in factors} == {torch.float32}  # PEFT's default
+    exact = adapt(tiny_model(), ["routed_experts"])
+    hidden, indices = torch.randn(6, 64), torch.arange(12).view(6, 2) % EXPERTS
+    with torch.no_grad():
+        low = routed(model)(hidden.bfloat16(), indices, torch.ones(6, 2))
+        high = routed(exact)(hidden, indices, torch.ones(6, 2))
+    assert low.dtype == torch.bfloat16
+    assert (low - high).norm() < 0.01 * high.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = exact.train()(tokens(), labels=tokens()).loss
+    loss.backward()
+    assert all(value.grad.dtype == torch.float32 for name, value in exact.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["routed_experts", "mtp"]])
+def test_trl_trains_saves_and_resumes(targets, tmp_path):
+    """With dropout: a resumed training ends where one that was not interrupted does, also for MTP modules, which only
+    their own loss reaches."""
+    config = LoraConfig(r=4, target_modules=targets, lora_dropout=0.1, task_type="CAUSAL_LM")
+    arguments = dict(max_steps=4, save_strategy="steps", save_steps=2, learning_rate=1e-2)
+    ends = []
+    for name, checkpoint in (("whole", None), ("resumed", tmp_path / "whole" / "checkpoint-2")):
+        model = tiny_model(bias_update_speed=0.25)
+        callback = DeepseekTrainerCallback()
+        trainer = sft_trainer(model, tmp_path / name, [callback], copy.deepcopy(config), **arguments)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        ends.append({name: value for name, value in trainer.model.named_parameters() if "lora_" in name})
+    expected = ALL if targets == "all-linear" else SETS["routed_experts"] | SETS["mtp"]
+    assert adapted(model) == expected
+    assert len(ends[0]) == 2 * len(expected)
+    for name, value in ends[0].items():
+        assert "lora_A" in name or value.any(), f"{name} has not moved"
+        torch.testing.assert_close(ends[1][name], value, rtol=0, atol=1e-6)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "whole" / "checkpoint-4")
+    trained = {name: value for name, value in loaded.named_parameters() if "lora_" in name}
+    assert all(torch.equal(trained[name], value) for name, value in ends[0].items())
+
+
+STRANGER = """
+import json, sys
+sys.modules["modeling_deepseek"] = None  # not to be imported, even where it is installed
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+adapted = get_peft_model(model, LoraConfig(target_modules=["dense_mlp", "up_proj"], lora_dropout=0.1))
+print(json.dumps([name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]))
+with torch.no_grad():
+    base = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+    loaded = PeftModel.from_pretrained(base, sys.argv[2])
+    torch.save(loaded(torch.load(sys.argv[3])).logits, sys.argv[3])
+"""
+
+
+def test_code_that_travels_with_a_checkpoint_adapts_the_same(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base", save_code=True)
+    model = adapt(tiny_model(), "all-linear")
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save(tokens(), tmp_path / "tensor.pt")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [
+        sys.executable,
+        "-c",
+        STRANGER,
+        *map(str, (tmp_path / "base", tmp_path / "adapter", tmp_path / "tensor.pt")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = {name.removeprefix("base_model.model.") for name in json.loads(done.stdout)}
+    assert names == SETS["dense_mlp"] | {name for name in ALL if name.endswith("up_proj")}
+    torch.testing.assert_close(torch.load(tmp_path / "tensor.pt"), logits(model), rtol=0, atol=1e-6)

@@ -263,14 +263,15 @@ def texts(rows: int = 8) -> Dataset:
 
 
 def sft_trainer(model, folder: Path, callbacks=(), peft_config=None, **arguments) -> SFTTrainer:
-    defaults = {"max_steps": 2, "per_device_train_batch_size": 4, "bf16": False, "max_length": 32}
+    defaults = {
+        "max_steps": 2, "per_device_train_batch_size": 4, "bf16": False, "max_length": 32, "save_strategy": "no",
+    }  # fmt: skip
     config = SFTConfig(
         output_dir=str(folder),
         logging_steps=1,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
-        save_strategy="no",
         **{**defaults, **arguments},
     )
     return SFTTrainer(
