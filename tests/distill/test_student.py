@@ -343,7 +343,7 @@ def test_a_deepseek_student_trains_its_mtp_modules_and_moves_its_bias(tmp_path):
 NAMED = {
     "shared_experts": r"layers\.[12]\.mlp\.shared_experts\.(gate|up|down)_proj",
     "routed_experts": r"layers\.[12]\.mlp\.experts\.[0-7]\.(gate|up|down)_proj",
-    "mtp": r"layers\.3\.(eh_proj|self_attn\..*_proj(_with_mqa)?|mlp\.(shared_experts|experts\.[0-7])\.(gate|up|down)_proj)",
+    "mtp": r"layers\.3\.(eh_proj|self_attn\..*_proj(_with_mqa)?|mlp\.(shared_experts|experts\.[0-7])\..*_proj)",
     "q_a_proj": r"layers\.[0-3]\.self_attn\.q_a_proj",
 }
 
