@@ -244,7 +244,7 @@ class Student(Strict):
     `target` is what it learns to write after the prompt: the `trace` (thought and answer), or the bare `answer` behind
     an empty thought, for comparison. `sft` replaces single values of the recipe's `sft`. `adapter` holds fields of
     peft's LoraConfig ({} or null: full fine-tuning), where `target_modules` of a DeepSeek student may be sets such as
-    [attention, routed_experts] (modeling_deepseek/adapters.py); `quantization` those of transformers' BitsAndBytesConfig.
+    [attention, routed_experts]; `quantization` holds those of transformers' BitsAndBytesConfig.
     `chat_template` is a file that replaces the tokenizer's own. `config` replaces fields of the model's configuration
     (a raised rope base for a longer context). `launch` is a configuration of accelerate: the training runs under
     `accelerate launch --config_file`. `too_long` says what happens to rows beyond `sft.max_length`.

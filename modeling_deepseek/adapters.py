@@ -31,6 +31,7 @@ import importlib.util
 import math
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, cast
@@ -310,14 +311,13 @@ class ExpertProjection(nn.Module):
     @property
     def shape(self) -> tuple[int, int, int]:
         """(E, O, I)"""
-        shapes = getattr(self.experts, "shapes", None)  # of quantised experts
-        stack = "down_proj" if self.name == "down_proj" else "gate_up_proj"
-        count, outputs, inputs = shapes[stack] if shapes else getattr(self.experts, stack).shape
-        return count, outputs if self.name == "down_proj" else outputs // 2, inputs
+        stack, _, parts = self._place
+        count, outputs, inputs = self.experts.shapes[stack] if self.is_quantized else getattr(self.experts, stack).shape
+        return count, outputs // parts, inputs
 
     @property
     def is_quantized(self) -> bool:
-        return hasattr(self.experts, "shapes")
+        return hasattr(self.experts, "dequantized")
 
     @property
     def weight(self) -> torch.Tensor:
@@ -325,10 +325,30 @@ class ExpertProjection(nn.Module):
         if self.is_quantized:
             some = next(iter(self.experts.state_dict(keep_vars=True).values()))
             return torch.empty(0, device=some.device, dtype=self.experts.dtype)
+        stack, part, parts = self._place
+        return getattr(self.experts, stack).chunk(parts, dim=1)[part]
+
+    def read(self, expert: int) -> torch.Tensor:
+        """One expert's weight (O, I) in float32."""
+        if not self.is_quantized:
+            return self.weight[expert].float()
+        stack, half, halves = self._place
+        return self.experts.dequantized(stack, [expert], torch.float32)[0].chunk(halves)[half]
+
+    def write(self, expert: int, weight_OI: torch.Tensor) -> None:
+        """Puts it back, rounded to the dtype of the stack or quantised."""
+        if not self.is_quantized:
+            self.weight[expert].copy_(weight_OI)
+            return
+        stack, half, _ = self._place
+        self.experts.put(stack, expert, half, *self.experts.quantize(weight_OI.to(self.experts.dtype)))
+
+    @property
+    def _place(self) -> tuple[str, int, int]:
+        """Name of the stack, which part of it, of how many."""
         if self.name == "down_proj":
-            return self.experts.down_proj
-        gate, up = self.experts.gate_up_proj.chunk(2, dim=1)
-        return gate if self.name == "gate_proj" else up
+            return "down_proj", 0, 1
+        return "gate_up_proj", ("gate_proj", "up_proj").index(self.name), 2
 
     def forward(self, rows_NI: torch.Tensor, offsets_E: torch.Tensor, product_NO: torch.Tensor) -> torch.Tensor:
         return product_NO
@@ -466,24 +486,25 @@ class AdaptedProjection(nn.Module):
 
     @torch.no_grad()
     def _add_to_weight(self, name: str, sign: float, check: bool = False) -> None:
-        if self.base_layer.is_quantized:
-            raise ValueError(
-                "adapters cannot be merged into quantised experts, which would round them away; load the model without "
-                "quantization, put the adapter on it with PeftModel.from_pretrained, and merge there"
-            )
         factor_A, factor_B = self.factors(name)
-        weight_EOI = self.base_layer.weight
 
         def total(expert: int) -> torch.Tensor:
             delta_OI = factor_B[expert].float() @ factor_A[expert].float() * (sign * self.scaling[name])
-            return weight_EOI[expert].float() + delta_OI.to(weight_EOI.device)
+            weight_OI = self.base_layer.read(expert)
+            return weight_OI + delta_OI.to(weight_OI.device)
 
-        if check and not all(total(expert).isfinite().all() for expert in range(len(weight_EOI))):
+        if check and not all(total(expert).isfinite().all() for expert in range(len(factor_A))):
             raise ValueError(
                 f"merging the adapter {name!r} into {self.base_layer.name} gives values that are no numbers"
             )
-        for expert in range(len(weight_EOI)):
-            weight_EOI[expert].copy_(total(expert))
+        if self.base_layer.is_quantized:
+            warnings.warn(
+                "merging adapters into quantised experts rounds what they add; to keep it, load the model without "
+                "quantization, put the adapter on it with PeftModel.from_pretrained, and merge there",
+                stacklevel=2,
+            )
+        for expert in range(len(factor_A)):
+            self.base_layer.write(expert, total(expert))
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         raise NotImplementedError(

@@ -348,12 +348,19 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("targets", [["shared_experts"], ["routed_experts", "q_a_proj"], ["mtp"]])
-def test_an_adapter_of_a_deepseek_student_is_where_the_recipe_says(tmp_path, targets):
+@pytest.mark.parametrize(
+    ("targets", "quantization"),
+    [
+        (["shared_experts"], None),
+        (["mtp"], None),
+        (["routed_experts", "q_a_proj"], {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+    ],
+)
+def test_an_adapter_of_a_deepseek_student_is_where_the_recipe_says(tmp_path, targets, quantization):
     base = save_base(tmp_path / "base", "deepseek")
     lora = {"r": 4, "lora_dropout": 0.1, "target_modules": targets}
-    # Rows of every kind, so that every expert is chosen.
-    train(student(base, adapter=lora), {**SFT, "num_train_epochs": 3}, rows(12), tmp_path / "student")
+    recipe = student(base, adapter=lora, quantization=quantization)
+    train(recipe, {**SFT, "num_train_epochs": 3}, rows(12), tmp_path / "student")  # long enough to choose every expert
     asked = re.compile(r"model\.(" + "|".join(NAMED[one] for one in targets) + r")\.weight")
     assert moved(Path(base), tmp_path / "student" / "model") == {
         name for name in weights(Path(base)) if asked.fullmatch(name)

@@ -9,13 +9,22 @@ import re
 import subprocess
 import sys
 
+import bitsandbytes as bnb
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    AutoPeftModelForCausalLM,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+)
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.deepseek_v3 import DeepseekV3Config as TheirConfig
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as Theirs
 
@@ -660,3 +669,111 @@ def test_code_that_travels_with_a_checkpoint_adapts_the_same(tmp_path):
     names = {name.removeprefix("base_model.model.") for name in json.loads(done.stdout)}
     assert names == SETS["dense_mlp"] | {name for name in ALL if name.endswith("up_proj")}
     torch.testing.assert_close(torch.load(tmp_path / "tensor.pt"), logits(model), rtol=0, atol=1e-6)
+
+
+# On quantised weights.
+
+WIDE = {"moe_intermediate_size": 64, "q_lora_rank": 64, "kv_lora_rank": 64}
+QUANTISED = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "nf4 kv_b_proj too": {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["lm_head"],
+    },
+    "int8": {"load_in_8bit": True},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wide")
+    tiny_model(**WIDE).save_pretrained(folder)
+    return folder
+
+
+def quantised(folder, name: str, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**QUANTISED[name]), **kwargs
+    )
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
+@pytest.mark.parametrize("name", QUANTISED)
+def test_qlora_trains_saves_and_comes_back(name, wide, tmp_path):
+    base = prepare_model_for_kbit_training(quantised(wide, name), use_gradient_checkpointing=False)
+    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.05, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config).train()
+    assert adapted(model) == ALL
+    frozen = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" not in name}
+    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    ids, losses = tokens(4, 24), []
+    for _ in range(8):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in frozen.items())
+    unmoved = [name for name, value in model.named_parameters() if "lora_B" in name and not value.any()]
+    assert unmoved == []
+
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == in_file(ALL)
+    fresh = prepare_model_for_kbit_training(quantised(wide, name), use_gradient_checkpointing=False)
+    expected = logits(model.eval())
+    assert torch.equal(logits(PeftModel.from_pretrained(fresh, tmp_path)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
+@pytest.mark.parametrize("name", QUANTISED)
+def test_an_adapter_on_quantised_experts_adds_what_it_adds_to_their_values(name, wide):
+    """Against plain experts that hold the dequantised weights."""
+    model = adapt(quantised(wide, name), ["routed_experts"])
+    experts = routed(model).base_layer
+    plain = adapt(tiny_model(**WIDE), ["routed_experts"])
+    for stack in ("gate_up_proj", "down_proj"):
+        values = experts.dequantized(stack, list(range(EXPERTS)), torch.float32)
+        getattr(routed(plain).base_layer, stack).data = values
+    hidden, indices = torch.randn(9, 64), torch.arange(18).view(9, 2) % 7
+    weights = torch.rand(9, 2)
+    assert_close(routed(model)(hidden, indices, weights), routed(plain)(hidden, indices, weights))
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module:UserWarning")
+@pytest.mark.parametrize("name", QUANTISED)
+def test_merging_into_quantised_experts_is_their_sum_quantised(name, wide):
+    """By bitsandbytes, expert by expert; PEFT does so with linear layers, and says that it rounds."""
+    model = adapt(quantised(wide, name), ["routed_experts", "o_proj"])
+    experts, sums = routed(model), []
+    for projection in experts.projections():
+        pairs = enumerate(zip(*projection.factors("default"), strict=True))
+        sums.append([projection.base_layer.read(expert) + 2 * b @ a for expert, (a, b) in pairs])
+    with pytest.warns(UserWarning, match="merging adapters into quantised experts rounds"):
+        merged = model.merge_and_unload()
+    stacks = merged.model.layers[1].mlp.experts
+    assert stacks is experts.base_layer
+    for expert in range(EXPERTS):
+        for stack, parts in {"gate_up_proj": sums[:2], "down_proj": sums[2:]}.items():
+            values = stacks.dequantized(stack, [expert], torch.float32)[0].chunk(len(parts))
+            for part, value in zip(parts, values, strict=True):
+                if name == "int8":
+                    packed, scales, _ = bnb.functional.int8_vectorwise_quant(part[expert].half())
+                    expected = packed * scales[:, None] / 127
+                else:
+                    nested = QUANTISED[name].get("bnb_4bit_use_double_quant", False)
+                    packed, state = bnb.functional.quantize_4bit(
+                        part[expert], quant_type="nf4", compress_statistics=nested
+                    )
+                    expected = bnb.functional.dequantize_4bit(packed, state)
+                torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_absorbed_attention_reads_a_quantised_and_adapted_kv_b_proj(wide):
+    model = adapt(quantised(wide, "nf4 kv_b_proj too"), ["attention"])
+    both = []
+    for path in ("expanded", "absorbed"):
+        model.get_base_model().config.mla_path = path
+        both.append(logits(model))
+    torch.testing.assert_close(both[0], both[1], rtol=0, atol=1e-4)
