@@ -203,7 +203,8 @@ def stored_mtp_modules(names: Iterable[str], num_hidden_layers: int) -> set[int]
 class LoadingPlan:
     """Matches stored tensors with parameters. `parameters` maps each parameter's name to a tensor of its shape and
     dtype (on any device, meta included); `optional` are those that may be missing (new heads, tied weights), and
-    `quantized` those whose weights bitsandbytes has quantised in the file, empty where none is."""
+    `quantized` those whose weights bitsandbytes has quantised in the file, empty where
+    none is; `elsewhere` says of a stored tensor, without `model.` in front, that another stage of a pipeline loads it."""
 
     def __init__(
         self,
@@ -214,12 +215,14 @@ class LoadingPlan:
         optional: Callable[[str], bool] = lambda name: False,
         any_shape: bool = False,
         quantized: Collection[str] = (),
+        elsewhere: Callable[[str], bool] = lambda name: False,
     ):
         self.config = config
         self.quantized = {without_prefix(name) for name in quantized}
         self.beside: dict[str, list[str]] = {}  # names of bitsandbytes' statistics by the name of their weight
         self.block_size = block_size
         self.any_shape = any_shape
+        self.elsewhere = elsewhere
         self.stored: dict[str, StoredTensor] = {}
         for name, tensor in stored.items():
             twin = self.stored.setdefault(without_prefix(name), tensor)
@@ -272,7 +275,7 @@ class LoadingPlan:
     def _is_odd(self, name: str) -> bool:
         """Whether a tensor that nothing asked for is an error: heads of other tasks, old rotary buffers and MTP
         modules that were not asked for are not."""
-        if OF_HEADS.match(name) or name.endswith("rotary_emb.inv_freq"):
+        if OF_HEADS.match(name) or name.endswith("rotary_emb.inv_freq") or self.elsewhere(name):
             return False
         layer = re.match(r"^layers\.(\d+)\.", name)
         if layer is None or f"layers.{layer[1]}.eh_proj.weight" not in self.stored:

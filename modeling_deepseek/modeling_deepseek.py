@@ -55,7 +55,7 @@ from .moe import DeepseekExperts, DeepseekGate, DeepseekMoE, load_balancing_loss
 from .mtp import DeepseekMTPLayer, same_document, shift_left, targets_ahead
 from .packing import SequenceContext, documents, paged_context, sequence_context
 from .paged import LatentBatching
-from .parallel import check_layout, is_spread, rules_that_apply, whole_state
+from .parallel import check_layout, is_spread, rules_that_apply, whole_state, without_labels
 from .quantization import (
     device_of,
     is_bitsandbytes,
@@ -255,7 +255,10 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             distributed_config = dataclasses.replace(
                 distributed_config, tp_plan=dict.fromkeys(model.tp_plan, "replicate")
             )
-        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        if distributed_config.pp_size > 1:
+            model.forward = without_labels(model.forward)
+        return model
 
     # Loading
 
@@ -350,6 +353,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                 ]
                 if with_bitsandbytes
                 else (),
+                elsewhere=lambda name: _is_on_another_stage(model, name),
             )
             plan.check_mtp_copies()
             plan.raise_for_leftovers()
@@ -437,9 +441,10 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         had_quantization = getattr(self.config, "quantization_config", None)
         had_auto_map = getattr(self.config, "auto_map", None)
         layout = getattr(self.config, "distributed_config", None)
+        gathered = not as_it_is and state_dict is None and is_spread(self)
         if not as_it_is:
             if state_dict is None:
-                state_dict = whole_state(self) if is_spread(self) else self.state_dict()
+                state_dict = whole_state(self) if gathered else self.state_dict()
             state_dict = dict(hub_tensors(self.config, one_by_one(self, state_dict), fp8))
             kwargs["save_original_format"] = False
         try:
@@ -474,8 +479,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             here = Path(__file__).parent
             for name in TRAVELLING_FILES:
                 shutil.copyfile(here / name, Path(save_directory) / name)
-        if layout is not None and not as_it_is:
-            self.barrier_after_gathered_checkpoint_save(layout)  # no rank may load before rank 0 has written
+        if gathered:
+            dist.barrier()  # no rank may load before rank 0 has written
 
     @classmethod
     def _auto_map(cls) -> dict[str, str]:
@@ -501,6 +506,15 @@ def _may_be_missing(model: "DeepseekPreTrainedModel", name: str) -> bool:
     if name.startswith("score.") or name in model.all_tied_weights_keys:
         return True
     return name.startswith(model.fresh_modules)
+
+
+def _is_on_another_stage(model: "DeepseekPreTrainedModel", name: str) -> bool:
+    """Whether this stage of a pipeline has an empty module in the place of the one that holds a base model's tensor."""
+    first, _, rest = name.partition(".")
+    module = getattr(model.stack, first, None)
+    if first == "layers" and (index := int(rest.partition(".")[0])) < len(model.stack.layers):
+        module = model.stack.layers[index]
+    return isinstance(module, PipelineIdentityLayer)
 
 
 def _settle_mtp_modules(model: "DeepseekPreTrainedModel", stored: dict[str, Any], file: str) -> None:
@@ -574,7 +588,10 @@ class DeepseekModel(DeepseekPreTrainedModel):
             raise ValueError("pass exactly one of `input_ids` and `inputs_embeds`")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
+        # torch's and accelerate's checkpointing wrap the layers, which would find their own tokens in the cache when
+        # they run again; transformers' own leaves the cache away by itself.
+        runs_twice = torch.is_grad_enabled() and hasattr(self.layers[0], "_checkpoint_wrapped_module")
+        if use_cache and past_key_values is None and not runs_twice:
             past_key_values = DynamicCache(config=self.config)
         if "cache" in kwargs:  # continuous batching
             context, kwargs = paged_context(self.config, position_ids, kwargs)
@@ -586,9 +603,9 @@ class DeepseekModel(DeepseekPreTrainedModel):
         routing: list[tuple[torch.Tensor, torch.Tensor]] = []
         layers = self.layers[: self.config.num_hidden_layers]
         if past_key_values is not None and isinstance(layers[0], PipelineIdentityLayer):
-            # A later stage of a pipeline: slot 0, which everyone asks for the length, keeps count without values.
-            none_BSD = hidden_BSD.unsqueeze(1)[..., :0]
-            past_key_values.update(none_BSD, none_BSD, 0)
+            # A later stage of a pipeline: slot 0, which everyone asks for the length, counts with one value a token.
+            counter = hidden_BSD.unsqueeze(1)[..., :1]
+            past_key_values.update(counter, counter, 0)
         for layer in layers:
             if isinstance(layer, PipelineIdentityLayer):
                 continue

@@ -15,6 +15,8 @@ the library lacks, and the two places where a gradient or a state crosses ranks.
 """
 
 import os
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -80,6 +82,19 @@ def rules_that_apply(model: nn.Module, plan: dict[str, str] | None) -> dict[str,
     return {rule: style for rule, style in (plan or {}).items() if rule in there}
 
 
+def without_labels(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a pipeline, refusing labels: the library would leave the loss out of its output, and no gradient
+    crosses from one stage to the one before it."""
+
+    @wraps(forward)
+    def inference(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None:
+            raise ValueError("pipeline stages (pp_size > 1) cannot be trained: use fsdp_size, tp_size or ep_size")
+        return forward(*args, **kwargs)
+
+    return inference
+
+
 def summed_gradient(x: torch.Tensor, mesh: Any) -> torch.Tensor:
     """`x`, equal on all ranks of the mesh, whose gradient is the sum over ranks: for what feeds each rank's own heads
     without passing through a split layer."""
@@ -114,4 +129,7 @@ def whole_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     dist.gather_object(own, stages, group=stage.pp_group, group_dst=0)
     if dist.get_rank() != 0:
         return {}
-    return {name: tensor for state in stages or () for name, tensor in state.items()}
+    state = {name: tensor for state in stages or () for name, tensor in state.items()}
+    if model.config.tie_word_embeddings and "lm_head.weight" in state:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    return state

@@ -3,13 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from modeling_deepseek import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
+from modeling_deepseek import DeepseekTrainerCallback, DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 from tests.tiny import tokens
 
 CLASSES = {"deepseek_v2": DeepseekV2ForCausalLM, "deepseek_v3": DeepseekV3ForCausalLM}
@@ -19,6 +24,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp+ep": {"tp_size": 2, "ep_size": 2},
     "fsdp": {"fsdp_size": 2},
     "fsdp+ep": {"fsdp_size": 2, "ep_size": 2},
+    "pp": {"pp_size": 2},
 }
 
 
@@ -61,10 +67,13 @@ def sgd(model) -> torch.optim.Optimizer:
     return torch.optim.SGD([{"params": group} for group in groups.values()], lr=0.05)
 
 
-def compare_steps(spread, whole, layout: str, steps: int = 2) -> None:
+def compare_steps(spread, whole, layout: str, steps: int = 2, optimizer: Any = None) -> None:
     """Logits, the parts of the loss, every gradient, the weights after the optimizer, and the bias update with what it
     counted."""
-    optimizers = sgd(spread), sgd(whole)  # first: a forward pass without gradients leaves some weights of FSDP gathered
+    optimizers = (
+        optimizer or sgd(spread),
+        sgd(whole),
+    )  # first: a forward pass without gradients leaves some weights of FSDP gathered
     ids = tokens(4, 10)
     rows = mine(ids, layout)
     with torch.no_grad():
@@ -115,6 +124,25 @@ def recomputed(folder: Path, layout: str) -> None:
     compare_steps(spread, whole, layout, steps=1)
 
 
+def in_chunks(folder: Path, layout: str) -> None:
+    """The logits of a few tokens at a time, through the head that is split or gathered."""
+    spread, whole = load(folder / "v3", layout), load(folder / "v3")
+    spread.config.logits_workspace_mib = 1
+    spread.config.vocab_size, vocab_size = 2**18, spread.config.vocab_size  # one token's logits are the whole workspace
+    assert spread._tokens_at_once == 1
+    rows = mine(tokens(4, 10), layout)
+    ours = spread.train()(rows, labels=rows)
+    assert ours.logits is None
+    spread.config.vocab_size = vocab_size
+    theirs = whole.train()(rows, labels=rows)
+    close(ours.loss, theirs.loss, "loss")
+    ours.loss.backward()
+    theirs.loss.backward()
+    for (name, parameter), (_, other) in zip(spread.named_parameters(), whole.named_parameters(), strict=True):
+        gradient = full(parameter.grad)
+        close(gradient, mean_over_ranks(other.grad), f"gradient of {name}")
+
+
 def absorbed(folder: Path, layout: str) -> None:
     """Gradients, too, where the latents feed the heads of each rank without passing through kv_b_proj."""
     spread, whole = load(folder / "v3", layout), load(folder / "v3")
@@ -129,3 +157,128 @@ def halves(folder: Path, layout: str, names: set[str] | None) -> None:
         split = names is None or name.removesuffix(".weight").endswith(tuple(f".{ending}" for ending in names))
         split = split or (name == "lm_head.weight" and "lm_head" in (names or ()))
         assert local.numel() * (2 if split else 1) == parameter.numel(), name
+
+
+def generates(folder: Path, layout: str, cache: str) -> None:
+    """Left-padded prompts, token for token, on every rank."""
+    spread, whole = load(folder / "v3", layout), load(folder / "v3")
+    ids = tokens(3, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[1, :2] = 0
+    kwargs = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    theirs = whole.generate(ids, **kwargs)
+    ours = spread.generate(ids, cache_implementation=cache, **kwargs)
+    assert ours.tolist() == theirs.tolist()
+
+
+def same_logits(folder: Path, checkpoint: str, layout: str, **kwargs) -> None:
+    spread, whole = load(folder / checkpoint, layout, **kwargs), load(folder / checkpoint, **kwargs)
+    for name, buffer in spread.named_buffers():
+        assert buffer.dtype == torch.float32, name
+    ids = tokens(2, 10)
+    with torch.no_grad():
+        ours, theirs = spread(ids).logits, whole(ids).logits
+    assert ours.dtype == theirs.dtype
+    close(ours, theirs, "logits")
+
+
+def shards_by_hand(folder: Path) -> None:
+    """Bare `fully_shard`, a unit for each layer and the rest in the root."""
+    spread, whole = load(folder / "v3"), load(folder / "v3")
+    for layer in spread.model.layers:
+        fully_shard(layer)
+    fully_shard(spread)
+    compare_steps(spread, whole, "fsdp")
+    saved = folder / "by-hand"
+    spread.save_pretrained(saved)
+    close_states(load(saved), whole, "loaded again")
+
+
+def staged(folder: Path, checkpoint: str) -> None:
+    spread, whole = load(folder / checkpoint, "pp"), load(folder / checkpoint)
+    ids = tokens(2, 10)
+    with torch.no_grad():
+        close(spread(ids).logits, whole(ids).logits, "logits")
+    with pytest.raises(ValueError, match="pipeline stages \\(pp_size > 1\\) cannot be trained"):
+        spread(ids, labels=ids)
+    saved = folder / f"{checkpoint}-pp"
+    spread.save_pretrained(saved)
+    theirs, ours = load_file(folder / checkpoint / "model.safetensors"), load_file(saved / "model.safetensors")
+    assert theirs.keys() == ours.keys(), theirs.keys() ^ ours.keys()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
+    load(saved, "pp")
+
+
+def accelerate_fsdp2(**settings):
+    """An `Accelerator` as recipes/accelerate/fsdp2.yaml makes it. accelerate knows FSDP on accelerators only, and gives
+    a CPU plain DDP without a word: what it decides from the device is put in by hand, all else is its own."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **settings)
+    Accelerator(cpu=True, fsdp_plugin=plugin)
+    for state in (PartialState, AcceleratorState):
+        state._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    return Accelerator(cpu=True, fsdp_plugin=plugin)
+
+
+def through_accelerate(folder: Path, settings: dict[str, Any]) -> None:
+    accelerator = accelerate_fsdp2(**settings)
+    spread, whole = load(folder / "v3"), load(folder / "v3")
+    spread, optimizer = accelerator.prepare(spread, sgd(spread))
+    assert all(isinstance(module, FSDPModule) for module in (spread, *spread.model.layers))
+    compare_steps(spread, whole, "fsdp", optimizer=optimizer)
+    saved = folder / "accelerate"
+    state = accelerator.get_state_dict(spread)
+    spread.save_pretrained(saved, is_main_process=accelerator.is_main_process, state_dict=state)
+    dist.barrier()
+    close_states(load(saved), whole, "loaded again")
+
+
+def trains(folder: Path, layout: str | None, name: str) -> None:
+    """Four steps of `Trainer`, four rows each, with the bias update and its log."""
+    model = load(folder / "v3", layout)
+    shares = model.config.distributed_config.dp_size if layout else 1
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in tokens(16, 10)]
+    arguments = TrainingArguments(
+        output_dir=str(folder / name), use_cpu=True, max_steps=4, save_strategy="no", logging_steps=1, report_to=[],
+        per_device_train_batch_size=4 // shares, optim="sgd", learning_rate=0.05, lr_scheduler_type="constant",
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[DeepseekTrainerCallback()])
+    trainer.train()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(str(folder / name / "state.json"))
+
+
+def resumed_shards(folder: Path) -> None:
+    """A step, sharded files by torch's own checkpointing, and another step by who has read them."""
+    ids = mine(tokens(4, 10), "fsdp")
+
+    def start():
+        model = load(folder / "v3")
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        return model.train(), torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def step(model, optimizer):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_correction_bias()
+
+    model, optimizer = start()
+    step(model, optimizer)
+    state, optimizer_state = get_state_dict(model, optimizer)
+    checkpoint.save({"model": state, "optimizer": optimizer_state}, checkpoint_id=folder / "shards")
+    resumed, resumed_optimizer = start()
+    state, optimizer_state = get_state_dict(resumed, resumed_optimizer)
+    checkpoint.load({"model": state, "optimizer": optimizer_state}, checkpoint_id=folder / "shards")
+    set_state_dict(resumed, resumed_optimizer, model_state_dict=state, optim_state_dict=optimizer_state)
+    step(model, optimizer)
+    step(resumed, resumed_optimizer)
+    theirs = resumed.state_dict()
+    assert all(torch.equal(full(tensor), full(theirs[name])) for name, tensor in model.state_dict().items())

@@ -1,8 +1,11 @@
 """Two processes that share a model, against one that has it whole: what they compute, learn, save and load."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers.distributed import DistributedConfig
 
 from modeling_deepseek import DeepseekV3ForCausalLM
@@ -11,21 +14,30 @@ from tests import spread
 from tests.ranks import on_ranks
 from tests.tiny import tiny_config, tiny_model
 
+REST = ["ep", "tp+ep", "fsdp+ep"]
+TRAINABLE = ["tp", "fsdp", *REST]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two checkpoints. `v3` has MTP modules; `v2` has no query compression, but biases and tied embeddings."""
     folder = tmp_path_factory.mktemp("spread")
-    tiny_model("v3", num_nextn_predict_layers=2, aux_loss_alpha=0.25).save_pretrained(folder / "v3")
+    v3 = tiny_model("v3", num_nextn_predict_layers=2, aux_loss_alpha=0.25)
+    v3.save_pretrained(folder / "v3")
+    v3.save_pretrained(folder / "v3-fp8", fp8=True)
     v2 = {"q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": True, "aux_loss_alpha": 0.25}
     tiny_model("v2", **v2).save_pretrained(folder / "v2")
     return folder
 
 
-@pytest.mark.parametrize("layout", spread.LAYOUTS)
-@pytest.mark.parametrize("checkpoint", ["v3", "v2"])
-def test_spread_models_are_the_whole_one(folder, checkpoint, layout):
-    on_ranks(folder, spread.same_model, checkpoint, layout)
+@pytest.mark.parametrize("layout", TRAINABLE)
+def test_spread_models_are_the_whole_one(folder, layout):
+    on_ranks(folder, spread.same_model, "v3", layout)
+
+
+@pytest.mark.parametrize("layout", ["tp", "fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in REST)])
+def test_tied_weights_and_biases_are_spread_too(folder, layout):
+    on_ranks(folder, spread.same_model, "v2", layout)
 
 
 @pytest.mark.parametrize("layout", ["tp", "fsdp"])
@@ -35,6 +47,53 @@ def test_recomputed_layers_take_the_same_step(folder, layout):
 
 def test_the_absorbed_path_learns_the_same(folder):
     on_ranks(folder, spread.absorbed, "tp")
+
+
+@pytest.mark.parametrize("layout", ["tp", "fsdp"])
+def test_the_loss_in_chunks_is_the_same(folder, layout):
+    on_ranks(folder, spread.in_chunks, layout)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("layout", ["tp+ep", "pp"])
+def test_all_ranks_generate_what_one_process_does(folder, layout, cache):
+    on_ranks(folder, spread.generates, layout, cache)
+
+
+@pytest.mark.parametrize("layout", ["tp", "fsdp+ep", "pp"])
+def test_each_rank_dequantises_its_part_of_an_fp8_checkpoint(folder, layout):
+    on_ranks(folder, spread.same_logits, "v3-fp8", layout)
+
+
+@pytest.mark.parametrize("checkpoint", ["v3", "v2"])
+def test_stages_of_a_pipeline_are_the_whole_model(folder, checkpoint):
+    on_ranks(folder, spread.staged, checkpoint)
+
+
+def test_layers_sharded_by_hand_take_the_same_step(folder):
+    on_ranks(folder, spread.shards_by_hand)
+
+
+def test_sharded_files_resume_where_they_were_written(folder):
+    on_ranks(folder, spread.resumed_shards)
+
+
+@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": True}])
+def test_accelerate_shards_and_saves(folder, settings):
+    on_ranks(folder, spread.through_accelerate, settings)
+
+
+def test_trainer_learns_the_same_from_half_the_batch_on_each_rank(folder):
+    """Weights, and the log of the loss, the gradient's norm and the balance, against `Trainer` in one process."""
+    for layout, name in ((None, "whole"), ("fsdp", "shared")):
+        on_ranks(folder, spread.trains, layout, name, ranks=2 if layout else 1)
+    whole, shared = (load_file(folder / name / "model.safetensors") for name in ("whole", "shared"))
+    torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-5)
+    logs = [json.loads((folder / name / "state.json").read_text())["log_history"] for name in ("whole", "shared")]
+    for theirs, ours in zip(*logs, strict=True):
+        assert ours.get("tokens_per_expert") == theirs.get("tokens_per_expert")
+        for key in ("loss", "grad_norm", "max_vio"):
+            assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-5)
 
 
 ATTENTION = {"q_b_proj", "kv_b_proj", "o_proj"}
@@ -47,7 +106,7 @@ SPLIT = {
 }
 
 
-@pytest.mark.parametrize("layout", spread.LAYOUTS)
+@pytest.mark.parametrize("layout", TRAINABLE)
 def test_each_rank_holds_half(folder, layout):
     """Of what the plan splits and of nothing else; under FSDP, of everything."""
     on_ranks(folder, spread.halves, layout, SPLIT.get(layout))
