@@ -203,8 +203,8 @@ def stored_mtp_modules(names: Iterable[str], num_hidden_layers: int) -> set[int]
 class LoadingPlan:
     """Matches stored tensors with parameters. `parameters` maps each parameter's name to a tensor of its shape and
     dtype (on any device, meta included); `optional` are those that may be missing (new heads, tied weights), and
-    `quantized` those whose weights bitsandbytes has quantised in the file, empty where
-    none is; `elsewhere` says of a stored tensor, without `model.` in front, that another stage of a pipeline loads it."""
+    `quantized` those whose weights bitsandbytes has quantised in the file, empty where none is; `elsewhere` says of a
+    stored tensor, without `model.` in front, that another stage of a pipeline loads it."""
 
     def __init__(
         self,

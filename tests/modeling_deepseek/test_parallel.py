@@ -92,8 +92,8 @@ def test_trainer_learns_the_same_from_half_the_batch_on_each_rank(folder):
     logs = [json.loads((folder / name / "state.json").read_text())["log_history"] for name in ("whole", "shared")]
     for theirs, ours in zip(*logs, strict=True):
         assert ours.get("tokens_per_expert") == theirs.get("tokens_per_expert")
-        for key in ("loss", "grad_norm", "max_vio"):
-            assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-5)
+        for key in {"loss", "grad_norm", "max_vio"} & theirs.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
 
 
 ATTENTION = {"q_b_proj", "kv_b_proj", "o_proj"}
