@@ -41,6 +41,9 @@ MAX_PADDING = 1.5
 FREE_SCORES = 2048
 MAX_SCORES = 2**26
 
+# Tokens in the pages of a server on a CPU, where its settings do not say: 4.6 GB for V3 in bfloat16.
+CPU_TOKENS = 2**16
+
 # Logits processors that transformers has not marked as fit for continuous batching, and that are functions of the
 # logits alone. The others see the last token where they expect the whole sequence.
 POINTWISE_PROCESSORS = {
@@ -196,8 +199,9 @@ class LatentBatchingManager(ContinuousBatchingManager):
     def add_request(  # type: ignore[override]  # what follows a request's tokens by keyword only
         self, input_ids: list[int], *, max_new_tokens: int | None = None, **kwargs: Any
     ) -> str | None:
-        """As transformers', for requests that have a token and fit into `max_position_embeddings`."""
-        check_request(self.model.config, input_ids, max_new_tokens or self.generation_config.max_new_tokens)
+        """As transformers', for prompts that have a token and no more than `max_position_embeddings`. A text may grow
+        beyond, as with `generate`: servers ask for 1,024 tokens where a client says nothing."""
+        check_request(self.model.config, input_ids, 0)
         return super().add_request(input_ids, max_new_tokens=max_new_tokens, **kwargs)
 
     def _generation_step(self) -> None:
@@ -227,10 +231,13 @@ class LatentBatchingManager(ContinuousBatchingManager):
             _supports_logits_to_keep=model._supports_logits_to_keep,
         )
         try:
-            # On a CPU the memory is not for pages alone: none that the announced requests cannot fill.
-            if settings.num_blocks is None and hints is not None and model.device.type == "cpu":
-                blocks = -(-(hints.max_prompt_length + hints.max_generated_length) // settings.page_size)
-                settings.num_blocks = max(1, hints.num_requests * blocks)
+            # transformers would fill most of a computer's memory with pages, and take its time for it: on a CPU, no
+            # more than the announced requests can fill, or a number for those that are to come.
+            if settings.num_blocks is None and model.device.type == "cpu":
+                settings.num_blocks = -(-CPU_TOKENS // settings.page_size)
+                if hints is not None:
+                    blocks = -(-(hints.max_prompt_length + hints.max_generated_length) // settings.page_size)
+                    settings.num_blocks = max(1, hints.num_requests * blocks)
                 try:
                     return super()._create_batch_processor()
                 except MemoryError:  # raised before anything is allocated: as many as fit
@@ -323,15 +330,15 @@ class GenerationBatchError(RuntimeError):
         self.results = results
 
 
-def check_request(config: PreTrainedConfig, prompt: Sequence[int], max_new_tokens: int | None) -> None:
+def check_request(config: PreTrainedConfig, prompt: Sequence[int], max_new_tokens: int) -> None:
     """Raises `ValueError` for a prompt that is empty or, with its new tokens, longer than the model's positions."""
     if not prompt:
         raise ValueError("a prompt has no token; begin it with `bos_token_id`")
-    length, limit = len(prompt) + (max_new_tokens or 0), config.max_position_embeddings
+    length, limit = len(prompt) + max_new_tokens, config.max_position_embeddings
     if length > limit:
         raise ValueError(
-            f"a prompt of {len(prompt)} tokens and `max_new_tokens` {max_new_tokens} exceed `max_position_embeddings` "
-            f"{limit}; shorten one of them"
+            f"a prompt of {len(prompt)} tokens with {max_new_tokens} new ones exceeds `max_position_embeddings` {limit}"
+            ": shorten it, or lower `max_new_tokens`"
         )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
+import batching
 import distillation
 import filters
 import grading
@@ -56,7 +57,8 @@ def main(words: list[str]) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {device}\n")
     print(f"{'row':58} {'ours':>12} {'theirs':>13} {'ratio':>8}  goal")
-    for name, measure in {**rows.ROWS, **sampling.ROWS, **grading.ROWS, **distillation.ROWS, **filters.ROWS}.items():
+    modules = (rows, batching, sampling, grading, distillation, filters)
+    for name, measure in [row for module in modules for row in module.ROWS.items()]:
         if words and not any(word in name for word in words):
             continue
         for row in measure(alternate):

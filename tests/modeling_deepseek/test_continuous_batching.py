@@ -1,6 +1,16 @@
 """Continuous batching: the tokens of `generate`, from pages that hold latents and nothing else."""
 
+import contextlib
+import json
 import random
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -353,3 +363,99 @@ def test_requests_that_fail_are_an_exception_that_holds_the_rest(monkeypatch):
     (result,) = error.value.results.values()
     assert result.error is None
     assert len(result.generated_tokens) == 24
+
+
+# A server.
+
+
+QUESTIONS = ["Spell this word backward (example: sun -> nus): " + word for word in ("lamp", "horses", "a", "planet")]
+
+
+def expected_answers(teacher) -> list[str]:
+    """What the teacher says greedily to each question, with the special tokens left out."""
+    model, _ = teacher
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids for chat in chats]
+    config = GenerationConfig(max_new_tokens=60, do_sample=False, eos_token_id=2, pad_token_id=0)
+    return tokenizer.batch_decode(padded_generate(model, prompts, config), skip_special_tokens=True)
+
+
+def ask(url: str, question: str, stream: bool = False, **settings) -> tuple[int, str]:
+    """The status and the text (of the error, if it is one) that a server answers."""
+    body = {"model": str(TEACHER), "messages": [{"role": "user", "content": question}], "stream": stream}
+    body |= {"max_tokens": 60, "temperature": 0.0, **settings}
+    request = urllib.request.Request(
+        f"{url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            lines = answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    if not stream:
+        return 200, json.loads(lines)["choices"][0]["message"]["content"]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines.splitlines() if line]
+    return 200, "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+
+
+@contextlib.contextmanager
+def server(tmp_path: Path, *arguments: str) -> Iterator[str]:
+    """A process of `python -m modeling_deepseek.serve` on the teacher, once it answers."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    command = [sys.executable, "-m", "modeling_deepseek.serve", str(TEACHER), "--device", "cpu", "--dtype", "float32"]
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port), *arguments],
+            stdout=stream, stderr=stream, cwd=TEACHER.parents[1],
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(urllib.error.URLError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, "it did not start within two minutes"
+            time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_a_server_answers_many_at_once_with_these_classes(tmp_path, teacher):
+    expected = expected_answers(teacher)
+    with server(tmp_path, "--continuous-batching") as url, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda question: ask(url, question), QUESTIONS * 2))
+        streamed = list(pool.map(lambda question: ask(url, question, stream=True), QUESTIONS))
+        unlimited = ask(url, QUESTIONS[0], max_tokens=None)
+        long_status, _ = ask(url, "1 + " * 600)
+    assert answers == [(200, text) for text in expected * 2]
+    assert [text for _, text in streamed] == expected
+    assert unlimited == (200, expected[0])
+    assert long_status == 500  # as for every error of transformers' server
+    log = (tmp_path / "log").read_text()
+    assert "CB: True" in log
+    assert "exceeds `max_position_embeddings` 512" in log
+
+
+@pytest.mark.slow
+def test_a_server_without_continuous_batching_and_the_sampler_of_eval(tmp_path, teacher):
+    from eval.endpoint_sampler import EndpointSampler
+    from eval.samplers import Request
+
+    expected = expected_answers(teacher)
+    asked = [Request(({"role": "user", "content": q},), max_tokens=60, tag=n) for n, q in enumerate(QUESTIONS)]
+    for arguments in ((), ("--continuous-batching",)):
+        with server(tmp_path, *arguments) as url:
+            assert [ask(url, question) for question in QUESTIONS] == [(200, text) for text in expected]
+            assert [ask(url, question, stream=True)[1] for question in QUESTIONS] == expected
+            sampler = EndpointSampler(url, str(TEACHER), concurrency=4)
+            sampler.check(asked)
+            answers = {request.tag: completion for request, completion in sampler.sample(asked)}
+        assert [answers[number].text for number in range(len(asked))] == expected
+        assert all(answer.finish_reason == "stop" for answer in answers.values())
