@@ -19,7 +19,7 @@ Legend: N rows (tokens times experts each), E experts, I and O inputs and output
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -133,7 +133,7 @@ def convert_experts(model: nn.Module, *, emulate: bool = False) -> None:
             if not emulate:
                 check_hardware((9, 0), " of routed experts")
             module.__class__ = DeepseekFP8Experts
-            module.emulate = emulate
+            cast(DeepseekFP8Experts, module).emulate = emulate
 
 
 class GroupedFP8(torch.autograd.Function):
@@ -141,13 +141,13 @@ class GroupedFP8(torch.autograd.Function):
     in e4m3 with a scale for each row of either side, gradient of the matrices in the precision of the rows."""
 
     @staticmethod
-    def forward(ctx, rows_NI, weight_EOI, offsets_E, emulate):  # type: ignore[override]  # torch declares *args
+    def forward(ctx, rows_NI, weight_EOI, offsets_E, emulate):
         ctx.save_for_backward(rows_NI, weight_EOI, offsets_E)
         ctx.emulate = emulate
         return grouped_product(to_fp8(rows_NI, 1), to_fp8(weight_EOI, 2), offsets_E, rows_NI.dtype, emulate)
 
     @staticmethod
-    def backward(ctx, grad_NO):  # type: ignore[override]  # torch declares *args
+    def backward(ctx, grad_NO):
         rows_NI, weight_EOI, offsets_E = ctx.saved_tensors
         grad_rows = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -181,7 +181,7 @@ def grouped_product(
     if emulate:
         return _grouped_linear(rows_NI.float() * scales_N1, weight_EOI.float() * scales_EO1, offsets_E).to(dtype)
     by_row = F.ScalingType.RowWise
-    product_NO = F.scaled_grouped_mm(
+    product_NO = F.scaled_grouped_mm(  # type: ignore[attr-defined]  # not in torch's stubs
         rows_NI,
         weight_EOI.transpose(1, 2),
         scales_N1.squeeze(1),

@@ -53,7 +53,7 @@ from .losses import token_losses, tokens_at_once
 from .mla import DeepseekMLA
 from .moe import DeepseekExperts, DeepseekGate, DeepseekMoE, load_balancing_loss
 from .mtp import DeepseekMTPLayer, same_document, shift_left, targets_ahead
-from .packing import SequenceContext, documents, paged_context, sequence_context
+from .packing import SequenceContext, documents, packed_positions, paged_context, sequence_context
 from .paged import LatentBatching
 from .parallel import check_layout, is_spread, rules_that_apply, whole_state, without_labels
 from .quantization import (
@@ -596,6 +596,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
         if "cache" in kwargs:  # continuous batching
             context, kwargs = paged_context(self.config, position_ids, kwargs)
         else:
+            position_ids = packed_positions({"inputs_embeds": inputs_embeds, "position_ids": position_ids, **kwargs})
             context = sequence_context(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
         position_embeddings = self.rotary_emb(context.position_ids_BS)
 
@@ -810,7 +811,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, LatentBatching, GenerationMix
         if shift_labels_BS is not None:
             return shift_labels_BS
         assert labels_BS is not None
-        targets_BS = targets_ahead(labels_BS, documents(inputs.get("position_ids"), *labels_BS.shape), 1)
+        targets_BS = targets_ahead(labels_BS, documents(packed_positions(inputs), *labels_BS.shape), 1)
         attention_mask = inputs.get("attention_mask")
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             padding_BS = attention_mask[:, -labels_BS.shape[1] :] == 0
@@ -839,7 +840,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, LatentBatching, GenerationMix
         if embeds_BSD is None:
             embeds_BSD = self.model.embed_tokens(inputs["input_ids"])
         context = sequence_context(
-            self.config, embeds_BSD, inputs.get("attention_mask"), inputs.get("position_ids"), None
+            self.config, embeds_BSD, inputs.get("attention_mask"), packed_positions(inputs), None
         )
         position_embeddings = self.model.rotary_emb(context.position_ids_BS)
         after_norm = self.config.mtp_hidden_state == "after_norm"

@@ -4,11 +4,12 @@ Legend: B batch, S tokens at hand, D hidden size.
 
 A row may hold several documents one behind the other. They are told apart by their positions, which do not run on where
 a document begins. transformers' masks do so only where there is neither an attention mask nor a cache; here documents
-stay apart with both.
+stay apart with both. Collators that name documents in another way, by `seq_idx` or `cu_seq_lens_q`, are understood too.
+TRL's packing strategy "wrapped" says nothing about documents, and its rows are one document each.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,27 @@ def document_ids(position_ids_BS: torch.Tensor) -> torch.Tensor:
     starts_BS = torch.zeros_like(position_ids_BS)
     starts_BS[:, 1:] = position_ids_BS.diff(dim=-1) != 1
     return starts_BS.cumsum(dim=-1)
+
+
+def packed_positions(inputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """`position_ids` of the forward's `inputs`; where there are none, positions that begin anew with each document of
+    `seq_idx` (B, S: document of each token) or `cu_seq_lens_q` (where each begins in the flattened batch, and its
+    end), which collators hand to attention kernels; None where there is nothing of the kind.
+
+    >>> packed_positions({"input_ids": torch.zeros(1, 5), "seq_idx": torch.tensor([[0, 0, 0, 1, 1]])})
+    tensor([[0, 1, 2, 0, 1]])
+    """
+    position_ids, seq_idx, bounds = (inputs.get(name) for name in ("position_ids", "seq_idx", "cu_seq_lens_q"))
+    if position_ids is not None or (seq_idx is None and bounds is None):
+        return position_ids
+    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    starts_BS = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    if seq_idx is not None:
+        starts_BS[:, 1:] = seq_idx.diff(dim=-1) != 0
+    elif bounds is not None:
+        starts_BS.view(-1)[bounds[:-1].long()] = True
+    index_BS = torch.arange(tokens.shape[1], device=tokens.device).expand_as(starts_BS)
+    return index_BS - torch.where(starts_BS, index_BS, 0).cummax(dim=-1).values
 
 
 def documents(position_ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ PACKAGES = [name for name in ("modeling_deepseek", "eval", "distill") if (ROOT /
 
 # What each package may import of the others and of what lies below them; the standard library is free.
 ALLOWED = {
-    "modeling_deepseek": {"torch", "transformers", "huggingface_hub", "safetensors", "accelerate"},
+    "modeling_deepseek": {"torch", "transformers", "huggingface_hub", "safetensors", "accelerate", "torchao"},
     "eval": {
         "modeling_deepseek", "torch", "transformers", "huggingface_hub", "datasets", "evaluate", "pyarrow",
         "math_verify", "latex2sympy2_extended", "sympy", "numpy", "scipy", "aiohttp", "pydantic", "yaml", "tqdm",

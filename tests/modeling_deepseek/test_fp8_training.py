@@ -238,9 +238,10 @@ def losses(precision: str, steps: int, device: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_hopper)])
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_loss_stays_within_the_paper_s_bound_of_bfloat16(device):
     """V3 3.3: a relative error of the loss below 0.25 %, throughout training."""
-    expected, found = losses("bf16", 200, device), losses("fp8", 200, device)
+    expected, found = losses("bf16", 150, device), losses("fp8", 150, device)
     assert expected[-1] < expected[0] / 2  # it learns
     error = (found - expected).abs() / expected
     assert 0 < error.max() < 0.0025
