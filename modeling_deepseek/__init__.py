@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .configuration_deepseek import PRESETS, DeepseekV2Config, DeepseekV3Config
     from .conversion import CheckpointError
     from .counts import ParameterCount, count_parameters
+    from .estimate import ServingEstimate, TrainingEstimate, estimate_serving, estimate_training, what_fits
     from .modeling_deepseek import (
         DeepseekV2ForCausalLM,
         DeepseekV2ForSequenceClassification,
@@ -51,6 +52,11 @@ _HOME = {
     "CheckpointError": "conversion",
     "ParameterCount": "counts",
     "count_parameters": "counts",
+    "ServingEstimate": "estimate",
+    "TrainingEstimate": "estimate",
+    "estimate_serving": "estimate",
+    "estimate_training": "estimate",
+    "what_fits": "estimate",
     "max_violation": "moe",
     "target_modules": "adapters",
     "GenerationBatchError": "paged",
@@ -80,11 +86,16 @@ __all__ = [
     "DeepseekV3PreTrainedModel",
     "GenerationBatchError",
     "ParameterCount",
+    "ServingEstimate",
+    "TrainingEstimate",
     "count_parameters",
+    "estimate_serving",
+    "estimate_training",
     "max_violation",
     "register_auto_classes",
     "target_modules",
     "unregister_auto_classes",
+    "what_fits",
 ]
 
 

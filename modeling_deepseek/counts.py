@@ -287,44 +287,35 @@ def weight_bytes(config: "DeepseekConfig", dtype: str = "bf16", *, mtp: bool = T
     "fp8" is what serving engines hold, and what the released files have without their copies of embedding and head:
     matrices of the layers, but the gate and `eh_proj`, as one byte a value and a float32 scale for each block of
     128 x 128; the rest bfloat16. (This package loads such files into bfloat16.)
-    "int8", "nf4" and "nf4-dq" are bitsandbytes' (`load_in_8bit`, `load_in_4bit`, with `bnb_4bit_use_double_quant`):
-    every linear layer and the routed experts; embedding, head, gates and norms stay bfloat16. int8 has a float32 scale
-    for each row; nf4 half a byte a value and a float32 scale for 64 values, which double quantisation makes one byte
-    and a float32 for 256 scales.
+    "int8", "nf4" and "nf4-dq" are bitsandbytes' (`load_in_8bit`, `load_in_4bit`, with `bnb_4bit_use_double_quant`), as
+    `from_pretrained` loads them: linear layers but `kv_b_proj`, and the routed experts; embedding, head, gates and
+    norms stay bfloat16. int8 has a float32 scale for each row; nf4 half a byte a value and a float32 scale for 64
+    values, which double quantisation makes one byte, a float32 for 256 scales and one for each matrix.
 
     Raises:
         ValueError: for a dtype that is not among `WEIGHT_DTYPES`.
     """
-    rest = _one_of("weight dtype", dtype, WEIGHT_DTYPES)
+    _one_of("weight dtype", dtype, WEIGHT_DTYPES)
+    tensors = [weight for weight in weights(config) if mtp or not weight.mtp]
+    biases = 4 * correction_bias_values(config, mtp=mtp)
+    return biases + sum(weight.layers * tensor_bytes(weight, dtype) for weight in tensors)
+
+
+def tensor_bytes(weight: Weight, dtype: str) -> int:
+    """One layer's tensor, (rows, columns) or (E, rows, columns), with its scales. See `weight_bytes`."""
+    values = prod(weight.shape)
+    whole = {"fp8": ("eh_proj.weight",), "fp32": (), "bf16": (), "fp16": ()}.get(dtype, ("self_attn.kv_b_proj.weight",))
+    quantised = dtype not in ("fp32", "bf16", "fp16") and weight.matrix and weight.part not in ("head", "gate")
+    if not quantised or weight.name in whole:
+        return values * (4 if dtype == "fp32" else 2)
+    # The files, and bitsandbytes here, hold each expert's gate, up and down projection by itself.
+    fused = 2 if weight.name.endswith("gate_up_proj") else 1
+    matrices, rows, columns = fused * prod(weight.shape[:-2]), weight.shape[-2] // fused, weight.shape[-1]
     if dtype == "fp8":
-        rest = VALUE_BYTES["bf16"]
-    total = 4 * correction_bias_values(config, mtp=mtp)
-    for weight in weights(config):
-        if weight.mtp and not mtp:
-            continue
-        if dtype in ("fp8", "int8", "nf4", "nf4-dq") and _quantised(weight, dtype):
-            total += weight.layers * _quantised_bytes(weight, dtype)
-        else:
-            total += weight.values * rest
-    return total
-
-
-def _quantised(weight: Weight, dtype: str) -> bool:
-    if not weight.matrix or weight.part in ("head", "gate"):
-        return False
-    return dtype != "fp8" or weight.name != "eh_proj.weight"
-
-
-def _quantised_bytes(weight: Weight, dtype: str) -> int:
-    """One tensor, (rows, columns) or (E, rows, columns), with its scales."""
-    values, (rows, columns) = prod(weight.shape), weight.shape[-2:]
-    if dtype == "fp8":
-        fused = 2 if weight.name.endswith("gate_up_proj") else 1  # the files hold, and scale, its halves apart
-        grid = fused * ceil(rows / fused / FP8_BLOCK) * ceil(columns / FP8_BLOCK)
-        return values + 4 * prod(weight.shape[:-2]) * grid
+        return values + 4 * matrices * ceil(rows / FP8_BLOCK) * ceil(columns / FP8_BLOCK)
     if dtype == "int8":
-        return values + 4 * prod(weight.shape[:-1])
-    scales = ceil(values / NF4_BLOCK)
+        return values + 4 * matrices * rows
+    scales = ceil(rows * columns / NF4_BLOCK)
     if dtype == "nf4":
-        return ceil(values / 2) + 4 * scales
-    return ceil(values / 2) + scales + 4 * ceil(scales / NF4_NESTED_BLOCK)
+        return matrices * (ceil(rows * columns / 2) + 4 * scales)
+    return matrices * (ceil(rows * columns / 2) + scales + 4 * ceil(scales / NF4_NESTED_BLOCK) + 4)

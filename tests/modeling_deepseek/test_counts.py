@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, StaticCache
 
 from modeling_deepseek import PRESETS, DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from modeling_deepseek.counts import (
@@ -22,6 +22,7 @@ from modeling_deepseek.counts import (
     weights,
 )
 from modeling_deepseek.mla import choose_mla_path
+from modeling_deepseek.quantization import statistics_bytes
 from tests.tiny import FAMILIES, tiny_config, tiny_model, tokens
 
 
@@ -256,6 +257,27 @@ def test_fp8_bytes_are_those_of_the_saved_file(tmp_path, sizes):
             if not re.search(r"layers\.3\.(embed_tokens|shared_head\.head)", name):
                 stored += file.get_tensor(name).nbytes
     assert weight_bytes(model.config, "fp8") == stored
+
+
+QUANTISED = {
+    "int8": {"load_in_8bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-dq": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+}
+
+
+@pytest.mark.parametrize("dtype", QUANTISED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantised_bytes_are_those_that_bitsandbytes_holds(tmp_path, family, dtype, caplog):
+    """Of widths that blocks of 64 values divide, and of 96, which leave a part of one."""
+    sizes = {"moe_intermediate_size": 96, "q_lora_rank": 64, "kv_lora_rank": 64, "num_hidden_layers": 3}
+    tiny_model(family, **sizes).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**QUANTISED[dtype])
+    )
+    held = sum(parameter.nbytes for parameter in model.parameters()) + statistics_bytes(model)
+    held += sum(buffer.nbytes for name, buffer in model.named_buffers() if not name.endswith("inv_freq"))
+    assert weight_bytes(model.config, dtype) == held
 
 
 def test_unknown_dtypes_are_refused():
