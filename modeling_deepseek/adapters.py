@@ -115,6 +115,7 @@ def settle_targets(config: Any, model: nn.Module) -> None:
     """
     if not getattr(config, "target_modules", None) and not getattr(config, "target_parameters", None):
         return
+    _refuse_split_layers(model)
     is_lora = config.peft_type == "LORA"
     members = linear_sets(model)
     mixtures = {f"{name}.experts": module for name, module in model.named_modules() if isinstance(module, DeepseekMoE)}
@@ -279,6 +280,16 @@ def _refuse_variants(config: Any) -> None:
         raise ValueError(
             f"routed experts have plain LoRA only, not {', '.join(variants)}. For the other layers pass target_modules="
             "modeling_deepseek.target_modules(model, ['attention', 'dense_mlp', 'shared_experts'])"
+        )
+
+
+def _refuse_split_layers(model: nn.Module) -> None:
+    layout = getattr(getattr(model, "config", None), "distributed_config", None)
+    plan = getattr(model, "tp_plan", None) or {}
+    if layout is not None and layout.tp_size > 1 and set(plan.values()) - {"replicate"}:
+        raise ValueError(
+            f"layers are split by tensor parallelism (tp_size={layout.tp_size}), and PEFT cuts the factors of their "
+            "adapters wrongly; load the model with fsdp_size, or with `tp_plan={}` to leave layers whole"
         )
 
 

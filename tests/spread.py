@@ -171,15 +171,32 @@ def generates(folder: Path, layout: str, cache: str) -> None:
     assert ours.tolist() == theirs.tolist()
 
 
-def same_logits(folder: Path, checkpoint: str, layout: str, **kwargs) -> None:
-    spread, whole = load(folder / checkpoint, layout, **kwargs), load(folder / checkpoint, **kwargs)
-    for name, buffer in spread.named_buffers():
-        assert buffer.dtype == torch.float32, name
+def same_logits(folder: Path, checkpoint: str, layout: str, kwargs: dict[str, Any] | None = None) -> None:
+    spread, whole = load(folder / checkpoint, layout, **(kwargs or {})), load(folder / checkpoint)
     ids = tokens(2, 10)
     with torch.no_grad():
-        ours, theirs = spread(ids).logits, whole(ids).logits
-    assert ours.dtype == theirs.dtype
-    close(ours, theirs, "logits")
+        close(spread(ids).logits, whole(ids).logits, "logits")
+    if "fp8" in checkpoint:
+        spread.save_pretrained(folder / "again", fp8=True)
+        theirs, ours = (load_file(folder / name / "model.safetensors") for name in (checkpoint, "again"))
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
+
+
+def in_bfloat16(folder: Path, layout: str) -> None:
+    """Weights; the correction bias and the frequencies stay in float32."""
+    spread = load(folder / "v3", layout, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in spread.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in spread.buffers()} == {torch.float32}
+    close_states(spread, load(folder / "v3", dtype=torch.bfloat16), "loaded")
+    spread(tokens(2, 10), labels=tokens(2, 10)).loss.backward()
+
+
+def parts_on_disk(folder: Path, layout: str) -> None:
+    """transformers' own sharded files, each rank its part."""
+    spread, whole = load(folder / "v3", layout), load(folder / "v3")
+    spread.save_pretrained(folder / f"parts-{layout}", distributed_checkpoint=True)
+    close_states(load(folder / f"parts-{layout}", layout), whole, "loaded again")
 
 
 def shards_by_hand(folder: Path) -> None:
@@ -282,3 +299,26 @@ def resumed_shards(folder: Path) -> None:
     step(resumed, resumed_optimizer)
     theirs = resumed.state_dict()
     assert all(torch.equal(full(tensor), full(theirs[name])) for name, tensor in model.state_dict().items())
+
+
+def adapted(folder: Path) -> None:
+    """LoRA on weights that FSDP shards, and the error where tensor parallelism splits them."""
+    import peft  # here, so that the other tests do not wait for it
+
+    spread, whole = load(folder / "v3", "fsdp"), load(folder / "v3")
+    for model in (spread, whole):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(target_modules=["attention", "dense_mlp"], r=4, init_lora_weights=False)
+        peft.get_peft_model(model, config)
+        model.train()
+    ids = tokens(4, 10)
+    rows = mine(ids, "fsdp")
+    spread(rows, labels=rows).loss.backward()
+    whole(ids, labels=ids).loss.backward()
+    theirs = dict(whole.named_parameters())
+    adapters = {name: parameter for name, parameter in spread.named_parameters() if parameter.requires_grad}
+    assert len(adapters) == 2 * (3 * 5 + 3)  # two factors; three layers of attention, one dense MLP
+    for name, parameter in adapters.items():
+        close(mean_over_ranks(parameter.grad), theirs[name].grad, f"gradient of {name}")
+    with pytest.raises(ValueError, match="layers are split by tensor parallelism"):
+        peft.get_peft_model(load(folder / "v3", "tp"), config)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers.distributed import DistributedConfig
+from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
 from modeling_deepseek import DeepseekV3ForCausalLM
 from modeling_deepseek.parallel import check_layout
@@ -63,6 +64,33 @@ def test_all_ranks_generate_what_one_process_does(folder, layout, cache):
 @pytest.mark.parametrize("layout", ["tp", "fsdp+ep", "pp"])
 def test_each_rank_dequantises_its_part_of_an_fp8_checkpoint(folder, layout):
     on_ranks(folder, spread.same_logits, "v3-fp8", layout)
+
+
+def test_the_reference_experts_skip_those_of_other_ranks(folder):
+    on_ranks(folder, spread.same_logits, "v3", "tp+ep", {"experts_implementation": "eager"})
+
+
+@pytest.mark.parametrize("layout", ["tp+ep", "fsdp"])
+def test_state_that_is_float32_stays_so(folder, layout):
+    on_ranks(folder, spread.in_bfloat16, layout)
+
+
+@pytest.mark.parametrize("layout", ["tp", "fsdp+ep"])
+def test_files_of_each_rank_load_again(folder, layout):
+    on_ranks(folder, spread.parts_on_disk, layout)
+
+
+def test_adapters_are_trained_on_sharded_weights_and_refused_on_split_ones(folder):
+    on_ranks(folder, spread.adapted)
+
+
+def test_plans_name_only_what_a_model_has():
+    """The library warns of a rule that matches nothing."""
+    for model in (tiny_model("v3"), tiny_model("v2", q_lora_rank=None), tiny_model("v3", n_routed_experts=None)):
+        names = {name for name, _ in [*model.named_modules(), *model.named_parameters()]}
+        there = {replace_layer_number_by_wildcard(name) for name in names}
+        assert model.tp_plan.keys() | model.ep_plan.keys() <= there
+        assert "lm_head" in model.tp_plan
 
 
 @pytest.mark.parametrize("checkpoint", ["v3", "v2"])
