@@ -1,5 +1,6 @@
 """What each rank does in the tests of several devices: a model spread over ranks beside the same model whole."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 from modeling_deepseek import DeepseekTrainerCallback, DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 from tests.tiny import tokens
@@ -322,3 +324,24 @@ def adapted(folder: Path) -> None:
         close(mean_over_ranks(parameter.grad), theirs[name].grad, f"gradient of {name}")
     with pytest.raises(ValueError, match="layers are split by tensor parallelism"):
         peft.get_peft_model(load(folder / "v3", "tp"), config)
+
+
+def bytes_on_rank(folder: Path, layout: str, family: str) -> None:
+    """Writes how much of the model, and of its attention, lies on rank 0 (JSON), and how far its logits are from those
+    of one process, in parts of the largest. "theirs" is the library's own class for the same checkpoint."""
+    model_class = DeepseekV3ForCausalLM if family == "ours" else modeling_deepseek_v3.DeepseekV3ForCausalLM
+    spread = model_class.from_pretrained(folder / "v3", distributed_config=DistributedConfig(**LAYOUTS[layout]))
+    sizes: dict[str, list[int]] = {"model": [0, 0], "attention": [0, 0]}
+    for name, parameter in spread.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        for part in ("model", "attention") if ".self_attn." in name else ("model",):
+            sizes[part][0] += local.nbytes
+            sizes[part][1] += parameter.nbytes
+    ids = tokens(2, 10)
+    with torch.no_grad():
+        ours, theirs = spread(ids).logits, model_class.from_pretrained(folder / "v3")(ids).logits
+    if dist.get_rank() == 0:
+        shares = {part: own / whole for part, (own, whole) in sizes.items()}
+        (folder / f"{family}-{layout}.json").write_text(
+            json.dumps({**shares, "gap": ((ours - theirs).abs().max() / theirs.abs().max()).item()})
+        )
