@@ -12,7 +12,7 @@ from typing import Any
 # Forked from a server that has everything imported, so that a pair of processes costs no import of torch each time.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.spread"])
-LIMIT = 60  # seconds for one call; on their own they take one or two
+LIMIT = 180  # seconds for one call, which takes one or two; the first waits for the imports
 
 
 def on_ranks(folder: Path, function: Callable[..., None], *args: Any, ranks: int = 2) -> None:

@@ -106,7 +106,11 @@ def test_sharded_files_resume_where_they_were_written(folder):
     on_ranks(folder, spread.resumed_shards)
 
 
-@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, marks=pytest.mark.slow), {"activation_checkpointing": True}],
+    ids=["plain", "recomputed"],
+)
 def test_accelerate_shards_and_saves(folder, settings):
     on_ranks(folder, spread.through_accelerate, settings)
 
