@@ -250,6 +250,8 @@ class DeepseekMLA(nn.Module):
 
     def _run(self, q_nope, q_rope, c_kv, k_rope, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         path = choose_mla_path(self.config, q_nope.shape[2], c_kv.shape[2])
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4 and is_flash(self.config._attn_implementation):
+            path = "absorbed"  # rows at their own pace: flash kernels read no such mask
         attend = self._absorbed if path == "absorbed" else self._expanded
         return attend(q_nope, q_rope, c_kv, k_rope, mask, **kwargs)
 

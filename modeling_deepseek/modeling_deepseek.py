@@ -68,6 +68,7 @@ from .quantization import (
     unquantized,
 )
 from .rope import rope_angles, rope_frequencies, rope_magnitudes
+from .speculation import check_speculation, speculate
 
 logger = logging.get_logger(__name__)
 
@@ -102,6 +103,8 @@ TRAVELLING_FILES = (
     "adapters.py",
     "conversion.py",
     "quantization.py",
+    "row_cache.py",
+    "speculation.py",
     "modeling_deepseek.py",
 )
 
@@ -868,13 +871,22 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, LatentBatching, GenerationMix
                     balance.append(self.model.balance_loss(logits_TE, indices_TK, context, valid_BS))
         return losses, balance
 
-    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         if generation_config.use_mtp:
-            raise ValueError(
-                "`use_mtp=True` would reload the MTP modules from disk in transformers' own classes; drafting with "
-                "the modules of this model is not there yet: leave `use_mtp` out"
+            check_speculation(self, generation_config, generation_mode_kwargs)
+        else:
+            super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)  # type: ignore[misc]  # a self-type
+
+    def _assisted_decoding(self, input_ids, generation_config, inputs_tensor=None, **kwargs):
+        """`use_mtp=True` drafts with this model's own modules; anything else is transformers' own. `generate` reads
+        this signature: it passes `inputs_tensor` only where it is named."""
+        if not generation_config.use_mtp:
+            return super()._assisted_decoding(  # type: ignore[misc]  # a self-type
+                input_ids, generation_config=generation_config, inputs_tensor=inputs_tensor, **kwargs
             )
-        return super()._get_candidate_generator(generation_config, *args, **kwargs)  # type: ignore[misc]  # a self-type
+        for name in ("tokenizer", "synced_gpus"):  # stopping criteria have the one, and the other is False
+            kwargs.pop(name, None)
+        return speculate(self, input_ids, generation_config=generation_config, **kwargs)
 
 
 class _ClassificationHead(DeepseekPreTrainedModel):
