@@ -14,6 +14,9 @@ draft k - 1. Drafts beyond D come from module D applied again, one column furthe
 Legend: B batch, S tokens or columns, Q tokens of one forward pass, K drafts, D hidden size, V vocabulary.
 """
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,23 +190,25 @@ def round_costs(model: Any, modules: list[Any], batch: int, most: int) -> list[f
     device = model.device.type
     launch, ridge = LAUNCH_BYTES.get(device, LAUNCH_BYTES_GPU), RIDGE_TOKENS.get(device, RIDGE_TOKENS_GPU)
 
-    def reading(layer: torch.nn.Module, tokens: int) -> float:
-        """Launches, and the weights that `tokens` tokens touch; or their arithmetic, where that takes longer."""
-        once = sum(parameter.nbytes for parameter in layer.parameters())
-        active = touched = float(once)
-        if getattr(layer, "is_moe", False):
-            share = model.config.num_experts_per_tok / model.config.n_routed_experts
-            experts = sum(parameter.nbytes for parameter in layer.mlp.experts.parameters())
-            active = once - experts * (1 - share)
-            touched = once - experts * (1 - share) ** tokens
-        return max(touched, active * tokens / ridge)
+    def sizes(layer: torch.nn.Module) -> tuple[float, float]:
+        """Bytes of the weights: the routed experts', and the others."""
+        whole = sum(parameter.nbytes for parameter in layer.parameters())
+        experts = sum(parameter.nbytes for parameter in layer.mlp.experts.parameters()) if layer.is_moe else 0
+        return experts, whole - experts
 
-    layers = list(model.stack.layers[: model.config.num_hidden_layers])
+    share = model.config.num_experts_per_tok / model.config.n_routed_experts if model.config.n_routed_experts else 0.0
+
+    def reading(experts: float, others: float, tokens: int) -> float:
+        """The weights that `tokens` tokens touch, or their arithmetic, where that takes longer."""
+        return max(others + experts * (1 - (1 - share) ** tokens), (others + experts * share) * tokens / ridge)
+
+    head = float(model.lm_head.weight.nbytes)
+    layers = Counter(sizes(layer) for layer in model.stack.layers[: model.config.num_hidden_layers])
 
     def verify(tokens: int) -> float:
-        return sum(launch + reading(layer, tokens) for layer in layers) + reading(model.lm_head, tokens)
+        return sum(n * (launch + reading(*size, tokens)) for size, n in layers.items()) + reading(0, head, tokens)
 
-    draft = [launch + reading(module, batch) + reading(model.lm_head, batch) for module in modules]
+    draft = [launch + reading(*sizes(module), batch) + reading(0, head, batch) for module in modules]
     costs = []
     for count in range(most + 1):
         drafts = sum(draft[:count]) + max(0, count - len(draft)) * draft[-1]
@@ -449,7 +454,6 @@ class Speculation:
                 **self.extra,
             )
             self.drafter.prefill(self.states(outputs), embeds_BSD[:, part])
-        self.cache = RowCache(self.user_cache, self.room + self.prompt.offset)
         self.states_BQD = self.states(outputs)[:, -1:]
         return self.model.lm_head(outputs.last_hidden_state[:, -1:])
 
@@ -605,26 +609,40 @@ class Speculation:
             self.streamer.put(rows.sequences_BS[:, place].cpu())
         self.streamed = max(self.streamed, ready)
 
-    def finish(self) -> Any:
-        """The output, and the cache as plain decoding would leave it."""
-        rows, config, length = self.rows, self.config, self.length
-        if config.return_dict_in_generate or getattr(self.user_cache, "_is_user_defined", False):
-            start = min(rows.seen)
-            if start < length - 1:
-                # Rows that were done early have the padding behind them in the cache, in plain decoding.
-                rows.seen = [start] * len(rows.seen)
-                logits_BQV = self.forward(rows.seen, length - 1 - start).to(rows.sequences_BS.device, torch.float32)
-                if self.scores is not None or self.logits is not None:
-                    places = [start + 1] * len(rows.seen)
-                    scores_BQV = process_scores(rows.processors, rows.sequences_BS, places, logits_BQV)
-                    self.record(logits_BQV, scores_BQV)
-        self.cache.release(length - 1 + self.prompt.offset)
+    @contextmanager
+    def rows_paced(self) -> Iterator[None]:
+        """Within, the user's cache lets rows grow at their own pace; behind, it is as plain decoding leaves it, or,
+        after an exception, holds what all rows have."""
+        self.cache = RowCache(self.user_cache, self.room + self.prompt.offset)
+        length = None
+        try:
+            yield
+            length = self.length - 1
+        finally:
+            self.cache.release((min(self.rows.seen) if length is None else length) + self.prompt.offset)
+
+    def pad_cache(self) -> None:
+        """Rows that were done early get the padding behind them into the cache, as in plain decoding, if anybody is
+        going to see it."""
+        rows, start = self.rows, min(self.rows.seen)
+        returned = self.config.return_dict_in_generate or getattr(self.user_cache, "_is_user_defined", False)
+        if not returned or start >= self.length - 1:
+            return
+        rows.seen = [start] * len(rows.seen)
+        logits_BQV = self.forward(rows.seen, self.length - 1 - start)
+        if self.scores is not None or self.logits is not None:
+            logits_BQV = logits_BQV.to(rows.sequences_BS.device, torch.float32)
+            places = [start + 1] * len(rows.seen)
+            self.record(logits_BQV, process_scores(rows.processors, rows.sequences_BS, places, logits_BQV))
+        rows.seen = [self.length - 1] * len(rows.seen)
+
+    def output(self) -> SpeculativeOutput | torch.Tensor:
         if self.streamer is not None:
             self.streamer.end()
-        sequences_BS = rows.sequences_BS[:, :length].clone()
-        if not config.return_dict_in_generate:
+        sequences_BS = self.rows.sequences_BS[:, : self.length].clone()
+        if not self.config.return_dict_in_generate:
             return sequences_BS
-        steps, deepest = length - self.first_length, int((self.drafted.sum(0) > 0).sum())
+        steps, deepest = self.length - self.first_length, int((self.drafted.sum(0) > 0).sum())
         return SpeculativeOutput(
             sequences=sequences_BS,
             scores=None if self.scores is None else tuple(self.scores[:steps]),
@@ -701,7 +719,9 @@ def speculate(
         model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
     )
     run.settle(run.prefill(), 0)
-    while run.unfinished():
-        count = run.draft()
-        run.settle(run.verify(count), count)
-    return run.finish()
+    with run.rows_paced():
+        while run.unfinished():
+            count = run.draft()
+            run.settle(run.verify(count), count)
+        run.pad_cache()
+    return run.output()
