@@ -877,7 +877,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, LatentBatching, GenerationMix
         else:
             super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)  # type: ignore[misc]  # a self-type
 
-    def _assisted_decoding(self, input_ids, generation_config, inputs_tensor=None, **kwargs):
+    def _assisted_decoding(  # type: ignore[override]  # what it does not look at, it passes on
+        self, input_ids, generation_config, inputs_tensor=None, **kwargs
+    ):
         """`use_mtp=True` drafts with this model's own modules; anything else is transformers' own. `generate` reads
         this signature: it passes `inputs_tensor` only where it is named."""
         if not generation_config.use_mtp:

@@ -61,7 +61,7 @@ class RowLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, source: CacheLayerMixin | None = None, room: int = 0):
+    def __init__(self, source: Any = None, room: int = 0):
         super().__init__()
         self.source, self.room = source, room  # no more columns than `room` will be asked for
         self.fixed = isinstance(source, StaticLayer)
@@ -81,7 +81,9 @@ class RowLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.columns is not None and self.keys is not None and self.values is not None
+        assert self.columns is not None
+        assert self.keys is not None
+        assert self.values is not None
         end, capacity = self.columns.end, self.keys.shape[2]
         if end > capacity and not self.fixed:
             capacity = max(end, min(end + max(64, end // 4), self.room))
@@ -141,36 +143,38 @@ class RowCache:
     """Puts `RowLayer`s into a cache that holds a prompt, and what they hold back into its own layers at the end."""
 
     def __init__(self, cache: Cache, room: int):
-        self.cache, self.own = cache, list(cache.layers)
-        cache.layers[:] = [RowLayer(layer, room) for layer in self.own]
-
-    @property
-    def width(self) -> int | None:
-        """Columns of a static cache, None where there is no bound."""
-        return self.own[0].max_cache_len if isinstance(self.own[0], StaticLayer) else None
+        self.cache, self.own = cache, list[Any](cache.layers)
+        self.layers: list[Any] = cache.layers
+        self.layers[:] = [RowLayer(layer, room) for layer in self.own]
 
     def at(self, columns: Columns) -> Cache:
         """The cache, ready for a forward pass over these columns."""
-        for layer in self.cache.layers:
+        for layer in self.layers:
             layer.columns = columns
         return self.cache
 
     def release(self, length: int) -> None:
         """Gives the cache its own layers back, holding the first `length` columns."""
-        for own, layer in zip(self.own, self.cache.layers, strict=True):
+        for own, layer in zip(self.own, self.layers, strict=True):
             own.keys, own.values = layer.keys, layer.values
             if isinstance(own, StaticLayer):
                 own.cumulative_length.fill_(length)
             elif own.keys.shape[2] != length:  # copied, so that nothing of the buffer stays behind
                 own.keys, own.values = own.keys[:, :, :length].clone(), own.values[:, :, :length].clone()
-        self.cache.layers[:] = self.own
+        self.layers[:] = self.own
+
+
+def row_bound(cache: Cache) -> int | None:
+    """Columns of a static cache, None where there is no bound."""
+    layer = cache.layers[0] if cache.layers else None
+    return layer.max_cache_len if isinstance(layer, StaticLayer) else None
 
 
 def check_rows_can_be_paced(cache: Any) -> None:
     """Raises:
     ValueError: for a cache whose layers cannot take tokens back exactly.
     """
-    kinds = {type(layer) for layer in cache.layers} if isinstance(cache, Cache) else {type(cache)}
+    kinds: set[Any] = {type(layer) for layer in cache.layers} if isinstance(cache, Cache) else {type(cache)}
     if isinstance(cache, Cache) and not cache.layers:  # made at the first token
         kinds = {cache.layer_class_to_replicate}
     others = sorted(kind.__name__ for kind in kinds - {DynamicLayer, StaticLayer})

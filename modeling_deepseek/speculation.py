@@ -18,10 +18,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache
 from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
@@ -48,7 +48,7 @@ from transformers.generation.logits_process import (
 
 from .mla import is_flash
 from .packing import sequence_context
-from .row_cache import Columns, OneLayerCache, RowCache, check_rows_can_be_paced
+from .row_cache import Columns, OneLayerCache, RowCache, check_rows_can_be_paced, row_bound
 
 # These look at nothing but the scores: one call for all positions.
 _SCORES_ONLY = (
@@ -70,7 +70,8 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     @property
     def acceptance(self) -> list[float]:
         """For each position of a draft the share that was kept, which needs all before it to be kept as well."""
-        assert self.drafted is not None and self.accepted is not None
+        assert self.drafted is not None
+        assert self.accepted is not None
         return (self.accepted.sum(0) / self.drafted.sum(0)).tolist()
 
 
@@ -137,7 +138,8 @@ def process_scores(
 # Choosing how many tokens to draft
 
 # What the launches of a layer's kernels cost, as bytes of weights that could be read in that time, and from how many
-# tokens on computing costs more than reading the weights. CPU: measured on two cores; elsewhere: H100, from its bandwidth.
+# tokens on computing costs more than reading the weights. CPU: measured on two cores. GPU: reckoned from an H100's
+# bandwidth and arithmetic, and half a millisecond a layer.
 LAUNCH_BYTES = {"cpu": 10_000_000}
 RIDGE_TOKENS = {"cpu": 8}
 LAUNCH_BYTES_GPU, RIDGE_TOKENS_GPU = 1_000_000_000, 300
@@ -190,7 +192,7 @@ def round_costs(model: Any, modules: list[Any], batch: int, most: int) -> list[f
     device = model.device.type
     launch, ridge = LAUNCH_BYTES.get(device, LAUNCH_BYTES_GPU), RIDGE_TOKENS.get(device, RIDGE_TOKENS_GPU)
 
-    def sizes(layer: torch.nn.Module) -> tuple[float, float]:
+    def sizes(layer: Any) -> tuple[float, float]:
         """Bytes of the weights: the routed experts', and the others."""
         whole = sum(parameter.nbytes for parameter in layer.parameters())
         experts = sum(parameter.nbytes for parameter in layer.mlp.experts.parameters()) if layer.is_moe else 0
@@ -211,7 +213,7 @@ def round_costs(model: Any, modules: list[Any], batch: int, most: int) -> list[f
     draft = [launch + reading(*sizes(module), batch) + reading(0, head, batch) for module in modules]
     costs = []
     for count in range(most + 1):
-        drafts = sum(draft[:count]) + max(0, count - len(draft)) * draft[-1]
+        drafts = sum(draft[:count]) + sum(draft[-1:]) * max(0, count - len(draft))
         costs.append((verify(batch * (count + 1)) + drafts) / verify(batch))
     return costs
 
@@ -275,10 +277,6 @@ class Drafter:
         for step in range(count or depth):
             module, cache = self.modules[min(step, depth - 1)], self.caches[min(step, depth - 1)]
             if step < depth:
-                if step > 0:
-                    waiting = self.waiting[step]
-                    assert waiting is not None
-                    states_BQD = torch.cat([waiting, states_BQD], dim=1)
                 ahead, begin = step + 1, [start - 1 - step for start in starts]
                 last = [new - 1 + step for new in grown]
             else:
@@ -298,8 +296,10 @@ class Drafter:
             if step < depth - 1:
                 if self.after_norm:
                     states_BQD = module.shared_head.norm(states_BQD)
+                last_B1D, waiting = _at(states_BQD, last), self.waiting[step + 1]
+                assert waiting is not None
                 self.waiting[step + 1] = _at(states_BQD, [new - 1 for new in grown])
-                last_B1D = _at(states_BQD, last)
+                states_BQD = torch.cat([waiting, states_BQD], dim=1)
                 normed_B1D = last_B1D if self.after_norm else module.shared_head.norm(last_B1D)
             else:
                 last_B1D = _at(states_BQD, last)
@@ -407,6 +407,12 @@ class Speculation:
         self.criteria = StoppingCriteriaList(
             [criterion for criterion in criteria if type(criterion) not in (MaxLengthCriteria, EosTokenCriteria)]
         )
+        self.bound, needed = row_bound(self.user_cache), self.limit - 1 + self.prompt.offset
+        if self.bound is not None and self.bound < needed:
+            raise ValueError(
+                f"the static cache holds {self.bound} tokens, and prompt and new tokens are up to {needed}; make it "
+                "larger, or lower `max_new_tokens`"
+            )
         # Plain decoding pads rows that are done only if some criterion knows of an end token.
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
@@ -462,7 +468,7 @@ class Speculation:
         prompt, device = self.prompt, self.model.device
         tokens_BQ = Columns(starts, count, self.rows.sequences_BS.device).take(self.rows.sequences_BS)
         columns = Columns([start + prompt.offset for start in starts], count, device)
-        width = columns.end if self.cache.width is None else min(columns.end, self.cache.width)
+        width = columns.end if self.bound is None else min(columns.end, self.bound)
         outputs = self.model.stack(
             input_ids=tokens_BQ.to(device),
             attention_mask=columns.mask(prompt.valid_BS, width, self.model.dtype),
@@ -482,6 +488,7 @@ class Speculation:
             return 0
         rooms = [self.limit - length - 1 if on else 0 for length, on in zip(rows.lengths, rows.active, strict=True)]
         count = self.pace.choose(rooms)
+        assert self.fresh_BQD is not None
         if count == 0 and min(self.grown) == max(self.grown):
             self.fresh_BQD = self.fresh_BQD[:, : self.grown[0]]  # wait for more
             return 0
@@ -566,7 +573,8 @@ class Speculation:
         if self.criteria:
             self.write(blocks, max(map(len, blocks)))
             scores = None if self.scores is None else tuple(self.scores)
-            for length in sorted({first + n + 1 for first, block in zip(rows.lengths, blocks) for n in range(len(block))}):
+            grown = zip(rows.lengths, blocks, strict=True)
+            for length in sorted({first + place + 1 for first, block in grown for place in range(len(block))}):
                 told = self.criteria(rows.sequences_BS[:, :length], scores and scores[: length - self.first_length])
                 for row, stop in enumerate(told.tolist()):
                     inside = rows.lengths[row] < length <= rows.lengths[row] + len(blocks[row])
@@ -644,9 +652,9 @@ class Speculation:
             return sequences_BS
         steps, deepest = self.length - self.first_length, int((self.drafted.sum(0) > 0).sum())
         return SpeculativeOutput(
-            sequences=sequences_BS,
-            scores=None if self.scores is None else tuple(self.scores[:steps]),
-            logits=None if self.logits is None else tuple(self.logits[:steps]),
+            sequences=cast(torch.LongTensor, sequences_BS),
+            scores=None if self.scores is None else tuple(self.scores[:steps]),  # type: ignore[arg-type]  # annotated there as a tuple of one
+            logits=None if self.logits is None else tuple(self.logits[:steps]),  # type: ignore[arg-type]
             past_key_values=self.user_cache,
             drafted=self.drafted[:, :deepest],
             accepted=self.accepted[:, :deepest],
@@ -715,9 +723,7 @@ def speculate(
                 "rejected would count as well; pass `use_mtp=False`"
             )
     check_rows_can_be_paced(model_kwargs.get("past_key_values"))
-    run = Speculation(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
-    )
+    run = Speculation(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
     run.settle(run.prefill(), 0)
     with run.rows_paced():
         while run.unfinished():
