@@ -158,14 +158,16 @@ def settle_targets(config: Any, model: nn.Module) -> None:
             "`lora_bias=True` with kv_b_proj: absorbed attention knows no bias there; leave one of them out"
         )
 
+    # PEFT shortens a long list to endings that no other module has; it must then see the projections to know of them.
+    long = not isinstance(settled.target_modules, str) and len(settled.target_modules or ()) >= 20
+    for name, mixture in mixtures.items():
+        is_asked = any(one.startswith(name) for one in asked)
+        if is_asked:
+            _refuse_sharded(name, mixture.experts)
+        if (is_asked or long) and not isinstance(mixture.experts, AdaptedExperts):
+            mixture.experts = AdaptedExperts(mixture.experts)  # type: ignore[assignment]  # it stands in for them
     for name in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
         setattr(config, name, getattr(settled, name))
-    # PEFT shortens a long list to endings that no other module has; it must then see the projections to know of them.
-    long = not isinstance(config.target_modules, str) and len(config.target_modules or ()) >= 20
-    for name, mixture in mixtures.items():
-        if not isinstance(mixture.experts, AdaptedExperts) and (long or any(one.startswith(name) for one in asked)):
-            _refuse_sharded(name, mixture.experts)
-            mixture.experts = AdaptedExperts(mixture.experts)  # type: ignore[assignment]  # it stands in for them
     config._register_custom_module({ExpertProjection: _lora_projection_class()})
 
 
@@ -296,8 +298,8 @@ def _refuse_split_layers(model: nn.Module) -> None:
 def _refuse_sharded(name: str, experts: nn.Module) -> None:
     if any(is_dtensor(parameter) for parameter in experts.parameters()):
         raise ValueError(
-            f"{name} is spread over devices, and an adapter of routed experts is not; load the model without expert or "
-            "tensor parallelism, or leave routed experts out of target_modules"
+            f"{name} is spread over devices already, and an adapter of routed experts would not be; adapt the model "
+            "before accelerate shards it, or leave routed experts out of target_modules"
         )
 
 

@@ -1,6 +1,6 @@
 """Measures our model against transformers' own DeepSeek-V3, and our sampler against lm-eval's `hf` model, on the same
-weights, the grader's verdicts a second, what the traces of a teacher cost and what cleaning them takes; prints the
-table.
+weights, LoRA on experts against PEFT's own, the grader's verdicts a second, what the traces of a teacher cost and what
+cleaning them takes; prints the table.
 
     make bench                     every row
     make bench ROWS="decode load"  the rows whose name contains one of these words
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
+import adapters
 import batching
 import distillation
 import filters
@@ -58,7 +59,7 @@ def main(words: list[str]) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {device}\n")
     print(f"{'row':58} {'ours':>12} {'theirs':>13} {'ratio':>8}  goal")
-    modules = (rows, batching, sampling, grading, distillation, filters, parallel)
+    modules = (rows, batching, adapters, sampling, grading, distillation, filters, parallel)
     for name, measure in [row for module in modules for row in module.ROWS.items()]:
         if words and not any(word in name for word in words):
             continue

@@ -12,6 +12,7 @@ import sys
 import bitsandbytes as bnb
 import pytest
 import torch
+import torch.distributed as dist
 from peft import (
     AutoPeftModelForCausalLM,
     IA3Config,
@@ -24,12 +25,13 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.deepseek_v3 import DeepseekV3Config as TheirConfig
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as Theirs
 
 from modeling_deepseek import DeepseekTrainerCallback, target_modules
-from modeling_deepseek.adapters import split_experts, stack_experts
+from modeling_deepseek.adapters import low_rank_product, split_experts, stack_experts
 from modeling_deepseek.moe import DeepseekExperts
 from tests.modeling_deepseek.test_training import sft_trainer
 from tests.tiny import tiny_model, tokens
@@ -236,6 +238,16 @@ def test_sets_as_names_for_other_methods():
     )
 
 
+def test_a_long_list_is_not_shortened_to_what_names_routed_experts_too(tmp_path):
+    """PEFT makes of 20 names and more the endings that no other module has."""
+    model = tiny_model(num_nextn_predict_layers=0)
+    names = target_modules(model, ["attention", "dense_mlp", "shared_experts"])
+    assert len(names) == 24
+    adapt(model, names).save_pretrained(tmp_path)
+    assert len(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]) < 24
+    assert adapted(PeftModel.from_pretrained(tiny_model(num_nextn_predict_layers=0), tmp_path)) == set(names)
+
+
 def test_layers_patterns_and_exclusions_are_peft_s():
     model = adapt(tiny_model(), ["routed_experts", "attention"], layers_to_transform=[1], exclude_modules=["o_proj"])
     assert adapted(model) == {
@@ -395,6 +407,39 @@ def test_adapters_of_transformers_own_class_load(targets, tmp_path):
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-4)
     with loaded.disable_adapter():
         assert (logits(loaded) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("start", [True, "gaussian"])
+def test_fresh_adapters_change_nothing_and_begin_as_peft_s_linear_layers_do(start):
+    """The same draws: with one seed an expert's A is that of a linear layer of its size."""
+    base = tiny_model()
+    plain = logits(base)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["routed_experts"], init_lora_weights=start)).eval()
+    assert torch.equal(logits(model), plain)
+    linear = get_peft_model(nn.Sequential(nn.Linear(64, 32)), LoraConfig(r=4, target_modules=["0"]))
+    torch.manual_seed(3)
+    linear.base_model.model[0].reset_lora_parameters("default", start)
+    torch.manual_seed(3)
+    routed(model).up_proj.reset_lora_parameters("default", start)
+    factor_A, factor_B = routed(model).up_proj.factors("default")
+    assert torch.equal(factor_A[0], linear.base_model.model[0].lora_A["default"].weight)
+    assert not torch.equal(factor_A[0], factor_A[1])
+    assert not factor_B.any()
+
+
+def test_experts_that_are_spread_already_are_refused():
+    model = tiny_model()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        experts = model.model.layers[1].mlp.experts
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        experts.down_proj = nn.Parameter(DTensor.from_local(experts.down_proj.detach(), mesh, [Shard(0)]))
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts is spread over devices already"):
+            get_peft_model(model, LoraConfig(target_modules=["routed_experts"]))
+        others = ["attention", "dense_mlp", "shared_experts"]
+        assert adapted(get_peft_model(model, LoraConfig(target_modules=others))) == set().union(*map(SETS.get, others))
+    finally:
+        dist.destroy_process_group()
 
 
 # Dropout.
@@ -605,7 +650,9 @@ def test_bfloat16_models_train_adapters_in_float32_and_under_autocast():
         high = routed(exact)(hidden, indices, torch.ones(6, 2))
     assert low.dtype == torch.bfloat16
     assert (low - high).norm() < 0.01 * high.norm()
+    factor_A, factor_B = routed(exact).up_proj.factors("default")
     with torch.autocast("cpu", torch.bfloat16):
+        assert low_rank_product(hidden, factor_A, factor_B, torch.arange(8, dtype=torch.int32)).dtype == torch.bfloat16
         loss = exact.train()(tokens(), labels=tokens()).loss
     loss.backward()
     assert all(value.grad.dtype == torch.float32 for name, value in exact.named_parameters() if "lora_" in name)
