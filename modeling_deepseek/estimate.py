@@ -109,7 +109,7 @@ PRECISIONS = {
 }
 # Bytes of both moments for each trainable parameter. bitsandbytes' 8-bit AdamW has a float32 scale for 256 values.
 OPTIMIZERS = {"adamw": 8.0, "adamw-bf16": 4.0, "adamw-8bit": 2 * (1 + 4 / 256), "sgd": 0.0}
-LORA_PARTS = ("attention", "dense_mlp", "shared_experts", "routed_experts")
+LORA_SETS = ("attention", "dense_mlp", "shared_experts", "routed_experts", "mtp")  # as in `adapters`
 
 
 def load_config(model: "str | os.PathLike[str] | DeepseekConfig") -> "DeepseekConfig":
@@ -511,17 +511,15 @@ def loss_bytes(
     return tokens * config.vocab_size * (dtype_bytes + 12 + waiting * (4 + dtype_bytes))
 
 
-def lora_parameters(
-    config: "DeepseekConfig", rank: int, parts: Sequence[str] = ("attention",), mtp: bool = True
-) -> int:
-    """Parameters of low-rank adapters on every matrix of `parts`: rank x (in + out) for each, each expert having its
-    own for gate, up and down."""
-    unknown = [part for part in parts if part not in LORA_PARTS]
-    if unknown:
-        raise ValueError(_unknown("part to adapt", unknown[0], LORA_PARTS))
+def lora_parameters(config: "DeepseekConfig", rank: int, sets: Sequence[str] = ("attention",)) -> int:
+    """Parameters of low-rank adapters on every linear layer of these sets: rank x (in + out) for each, each expert
+    having its own for gate, up and down. "mtp" is all of the MTP modules, which the other sets leave out."""
+    for name in sets:
+        if name not in LORA_SETS:
+            raise ValueError(_unknown("set to adapt", name, LORA_SETS))
     total = 0
     for weight in weights(config):
-        if weight.part in parts and weight.matrix and (mtp or not weight.mtp):
+        if ("mtp" if weight.mtp else weight.part) in sets and weight.matrix and weight.part != "gate":
             *experts, rows, columns = weight.shape
             fused = 2 if weight.name.endswith("gate_up_proj") else 1
             total += weight.layers * prod(experts) * rank * (rows + fused * columns)
@@ -561,7 +559,7 @@ def training_memory(
     sharded: bool = True,
     mtp: bool = True,
     lora_rank: int | None = None,
-    lora_parts: Sequence[str] = ("attention",),
+    lora_sets: Sequence[str] = ("attention",),
     base_dtype: str = "bf16",
     fused: bool = True,
 ) -> TrainingMemory:
@@ -573,7 +571,7 @@ def training_memory(
         head_gradient = config.vocab_size * config.hidden_size * gradient_bytes
         whole_layer = layer_bytes(config, "bf16") * held.weights // 2
     else:
-        trainable = lora_parameters(config, lora_rank, lora_parts, mtp)
+        trainable = lora_parameters(config, lora_rank, lora_sets)
         weights_bytes, gradient_bytes = weight_bytes(config, base_dtype, mtp=mtp) + 4 * trainable, 4
         head_gradient, whole_layer = 0, layer_bytes(config, base_dtype)
     gradients_bytes, optimizer_bytes = trainable * gradient_bytes, round(trainable * OPTIMIZERS[optimizer])
@@ -643,7 +641,7 @@ def estimate_training(
     sharded: bool = True,
     mtp: bool = True,
     lora_rank: int | None = None,
-    lora_parts: Sequence[str] = ("attention",),
+    lora_sets: Sequence[str] = ("attention",),
     base_dtype: str = "bf16",
     tokens: float | None = None,
     mfu: float | None = None,
@@ -658,8 +656,9 @@ def estimate_training(
         sharded: weights, gradients and optimizer are spread over the GPUs (FSDP, ZeRO-3), and two layers are whole at
             a time; otherwise each GPU has all of them.
         logits_workspace_mib: instead of the configuration's; the loss takes logits in pieces below it.
-        lora_rank: train adapters in float32 on `lora_parts` only, over frozen weights in `base_dtype` ("nf4" is
-            QLoRA). Activations are taken as in full training, of which a frozen matrix needs less.
+        lora_rank: train adapters in float32 on `lora_sets` (those of `adapters`) only, over frozen weights in
+            `base_dtype` ("nf4" is QLoRA). Activations are taken as in full training, an upper bound: a frozen matrix
+            need not keep its input. Of the FLOPs, gradients of frozen weights are left out.
         mfu: share of the GPUs' dense bfloat16 peak that the model's FLOPs reach (attention counted causally), in FP8
             too, as DeepSeek states it. No default: it depends on everything.
         tokens_per_second: measured, of all GPUs together, instead of `mfu`.
@@ -692,10 +691,10 @@ def estimate_training(
     memory = training_memory(
         config, context_tokens, batch_size=batch_size, gpus=gpus, precision=precision, optimizer=optimizer,
         checkpointing=checkpointing, accumulates=accumulates, sharded=sharded, mtp=mtp, lora_rank=lora_rank,
-        lora_parts=lora_parts, base_dtype=base_dtype, fused=fused,
+        lora_sets=lora_sets, base_dtype=base_dtype, fused=fused,
     )  # fmt: skip
     count = count_parameters(config)
-    flops = training_flops(config, context_tokens, mtp=mtp)
+    flops = training_flops(config, context_tokens, mtp=mtp, frozen=lora_rank is not None)
     peak = gpus * card.bf16_flops_per_second
     if mfu is not None and tokens_per_second is not None:
         raise ValueError("`mfu` and `tokens_per_second` both say how fast it is: pass one of them")
@@ -859,7 +858,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--not-sharded", action="store_true", help="each GPU holds all (DDP)")
     train.add_argument("--no-mtp", action="store_true", help="without the MTP modules")
     train.add_argument("--lora-rank", type=int, metavar="R", help="adapters over frozen weights")
-    train.add_argument("--lora-parts", nargs="+", choices=LORA_PARTS, default=["attention"])
+    train.add_argument("--lora-sets", nargs="+", choices=LORA_SETS, default=["attention"])
     train.add_argument("--base-dtype", choices=WEIGHT_DTYPES, default="bf16", help="of the frozen weights")
     train.set_defaults(command=_print_train)
 
@@ -1033,7 +1032,7 @@ def _print_train(arguments: argparse.Namespace) -> None:
         "batch_size": arguments.batch, "precision": arguments.precision, "optimizer": arguments.optimizer,
         "checkpointing": not arguments.no_checkpointing, "logits_workspace_mib": arguments.logits_mib,
         "accumulates": arguments.accumulates, "sharded": not arguments.not_sharded, "mtp": not arguments.no_mtp,
-        "lora_rank": arguments.lora_rank, "lora_parts": arguments.lora_parts, "base_dtype": arguments.base_dtype,
+        "lora_rank": arguments.lora_rank, "lora_sets": arguments.lora_sets, "base_dtype": arguments.base_dtype,
         "tokens": arguments.tokens, "mfu": arguments.mfu, "tokens_per_second": arguments.tokens_per_second,
         "dollars_per_gpu_hour": arguments.dollars,
     }  # fmt: skip

@@ -191,6 +191,15 @@ def test_training_flops_are_torchs():
     assert training_flops(model.config, 32, causal=False, mtp=False) * 96 == step
 
 
+def test_flops_of_training_over_frozen_weights_are_torchs():
+    """Gradients reach the embedding through all of the model, and are asked of nothing else."""
+    model = tiny_model("v3", num_nextn_predict_layers=0).train().requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)
+    ids = tokens(3, 32)
+    step = measured(model, lambda model: model(ids, labels=ids, use_cache=False).loss.backward())
+    assert training_flops(model.config, 32, causal=False, frozen=True) * 96 == step
+
+
 def test_auto_is_the_path_that_the_model_takes():
     config = preset("deepseek-v3")
     for context in (64, 512, 8192):

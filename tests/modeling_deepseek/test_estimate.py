@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from modeling_deepseek import DeepseekV2Config, DeepseekV3Config, DeepseekV3ForCausalLM
+from modeling_deepseek.adapters import SETS
 from modeling_deepseek.counts import training_flops, weight_bytes
 from modeling_deepseek.estimate import (
     GPUS,
+    LORA_SETS,
     PROCESS_BYTES,
     V3_DOLLARS_PER_H800_HOUR,
     Gpu,
@@ -29,7 +32,7 @@ from modeling_deepseek.estimate import (
     what_fits,
 )
 from modeling_deepseek.moe import route
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -373,16 +376,18 @@ def test_lora_trains_little_and_qlora_holds_less():
     assert not estimate_training("deepseek-v2-lite", lora_rank=16, gpu="rtx-4090").fits
 
 
-def test_lora_parameters_by_hand():
-    config = tiny_config("v3", num_nextn_predict_layers=0)
-    hidden, heads, rank = 64, 4, 8
-    attention = (hidden + 24) + (24 + heads * 24) + (hidden + 40) + (32 + heads * 32) + (heads * 16 + hidden)
-    assert lora_parameters(config, rank, ["attention"]) == rank * 3 * attention
-    assert lora_parameters(config, rank, ["dense_mlp"]) == rank * 3 * (hidden + 128)
-    assert lora_parameters(config, rank, ["shared_experts"]) == rank * 2 * 3 * (hidden + 32)
-    assert lora_parameters(config, rank, ["routed_experts"]) == rank * 2 * 8 * 3 * (hidden + 32)
-    with pytest.raises(ValueError, match="unknown part to adapt 'atention', did you mean 'attention'"):
-        lora_parameters(config, rank, ["atention"])
+@pytest.mark.parametrize("overrides", [{}, {"q_lora_rank": None, "num_nextn_predict_layers": 2}], ids=["", "direct"])
+@pytest.mark.parametrize("sets", [[name] for name in SETS] + [["attention", "routed_experts"]], ids="+".join)
+def test_lora_parameters_are_those_of_peft(sets, overrides):
+    model = get_peft_model(tiny_model("v3", **overrides), LoraConfig(r=8, target_modules=sets))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert lora_parameters(model.config, 8, sets) == trained
+
+
+def test_sets_to_adapt_are_checked():
+    assert LORA_SETS == SETS
+    with pytest.raises(ValueError, match="unknown set to adapt 'atention', did you mean 'attention'"):
+        lora_parameters(tiny_config(), 8, ["atention"])
 
 
 # Serving
