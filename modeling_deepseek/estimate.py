@@ -126,7 +126,7 @@ def load_config(model: "str | os.PathLike[str] | DeepseekConfig") -> "DeepseekCo
     if name in PRESETS:
         config_class = DeepseekV2Config if PRESETS[name]["model_type"] == "deepseek_v2" else DeepseekV3Config
         return config_class.from_preset(name)
-    if not os.path.isdir(name) and name.count("/") != 1:
+    if not os.path.exists(name) and name.count("/") != 1:
         raise ValueError(_unknown("model", name, list(PRESETS)) + ", or a folder or Hub id with a config.json")
     fields, _ = DeepseekV3Config.get_config_dict(name)
     model_type = fields.get("model_type")
@@ -251,8 +251,9 @@ def serving_memory(
     weights_per_gpu, cache_per_gpu = weights_bytes // gpus, cache_bytes
     if split == "layers":
         cache_per_gpu = cache_bytes // gpus
-        if gpus > 1:  # layers are dealt out whole, so that the fullest GPU has up to one more than its share
-            weights_per_gpu += layer_bytes(config, weights_dtype)
+        if gpus > 1:  # layers, embedding and head are dealt out whole: the fullest has up to one above its share
+            table = config.vocab_size * config.hidden_size * VALUE_BYTES[compute]
+            weights_per_gpu += max(layer_bytes(config, weights_dtype), table)
             cache_per_gpu += cache_bytes // config.num_hidden_layers
     allowance = PROCESS_BYTES + int(FRAGMENTATION * (weights_per_gpu + cache_per_gpu + workspace))
     return ServingMemory(weights_bytes, cache_bytes, weights_per_gpu, cache_per_gpu, workspace, allowance)
@@ -820,6 +821,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m modeling_deepseek.estimate",
         description="Memory, hours and dollars of training and serving a DeepSeek model on given hardware.",
+        epilog="COMMAND --help lists the options. Exit status 1 is an error; that something does not fit is none.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     json_option = argparse.ArgumentParser(add_help=False)
@@ -842,7 +844,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--cache-dtype", choices=CACHE_DTYPES, default="bf16")
     serve.add_argument("--split", choices=("layers", "tensor"), default="layers", help="of the model over the GPUs")
     serve.add_argument("--mtp", action="store_true", help="with the MTP modules, to draft")
-    serve.add_argument("--prefill-tokens", type=_count, default=PREFILL_TOKENS, help="of a prompt that pass at once")
+    at_once = f"tokens of prompts that pass at once (default: {PREFILL_TOKENS})"
+    serve.add_argument("--prefill-tokens", type=_count, default=PREFILL_TOKENS, metavar="N", help=at_once)
     serve.set_defaults(command=_print_serve)
 
     train = commands.add_parser("train", parents=[model, hardware], help="memory of a step, hours and dollars of a run")
@@ -869,7 +872,7 @@ def _parser() -> argparse.ArgumentParser:
     question.add_argument("--batch", type=int, default=1, metavar="SEQUENCES", help="the longest context of so many")
     question.add_argument("--context", type=_count, metavar="TOKENS", help="the most sequences of this context")
     fits.add_argument("--cache-dtype", choices=CACHE_DTYPES, default="bf16")
-    fits.add_argument("--prefill-tokens", type=_count, default=PREFILL_TOKENS)
+    fits.add_argument("--prefill-tokens", type=_count, default=PREFILL_TOKENS, metavar="N", help=at_once)
     fits.set_defaults(command=_print_fits)
 
     gpus = commands.add_parser("gpus", parents=[json_option], help="the cards that are known, and by which source")
@@ -970,7 +973,8 @@ def _print_serve(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     estimate = estimate_serving(config, **options)
     if arguments.json:
-        _print_json({"model": arguments.model, **options, **dataclasses.asdict(estimate)})
+        fullest = {"bytes_per_gpu": estimate.memory.bytes_per_gpu}
+        _print_json({"model": arguments.model, **options, **dataclasses.asdict(estimate), **fullest})
         return
     several = arguments.gpus > 1
     where = f"{arguments.gpus} x {arguments.gpu}, split by {arguments.split}" if several else arguments.gpu

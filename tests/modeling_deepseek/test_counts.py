@@ -85,6 +85,11 @@ def test_every_tensor_of_the_model_is_listed_with_its_shape(config):
     )
     assert count.mtp == modules
     assert count.main == count.total - modules
+    experts = count.routed_experts
+    met = experts * config.num_experts_per_tok // config.n_routed_experts if experts else 0
+    # Tied, the embedding's table is the head that multiplies.
+    table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    assert count.active == count.main - experts + met - table
     biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
     assert correction_bias_values(config) == sum(bias.numel() for bias in biases)
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from modeling_deepseek import DeepseekV2Config, DeepseekV3Config, DeepseekV3ForCausalLM
+from modeling_deepseek import DeepseekV2Config, DeepseekV3Config, DeepseekV3ForCausalLM, quantization
 from modeling_deepseek.adapters import SETS
 from modeling_deepseek.counts import training_flops, weight_bytes
 from modeling_deepseek.estimate import (
+    EXPERT_WORKSPACE_BYTES,
     GPUS,
     LORA_SETS,
     PROCESS_BYTES,
@@ -477,6 +478,7 @@ def test_configurations_are_found(tmp_path):
     kimi = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "kimi_k2", "topk_method": "noaux_tc"}
     (tmp_path / "config.json").write_text(json.dumps(kimi))
     assert isinstance(load_config(tmp_path), DeepseekV3Config)
+    assert isinstance(load_config(tmp_path / "config.json"), DeepseekV3Config)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="is a 'llama'; this package knows deepseek_v2"):
         load_config(tmp_path)
@@ -537,6 +539,7 @@ def test_serving_is_printed_with_the_way_out(capsys):
     arguments = ("serve", "deepseek-v2-lite", "--gpu", "rtx-4090", "--dtype", "nf4", "--json")
     numbers = json.loads(printed(capsys, *arguments))
     assert numbers["fits"] is True
+    assert numbers["bytes_per_gpu"] < numbers["gpu_memory_bytes"] == 24 * 10**9
     assert numbers["memory"]["weights_bytes"] == weight_bytes(load_config("deepseek-v2-lite"), "nf4")
 
 
@@ -587,6 +590,10 @@ def test_nothing_heavy_is_imported_before_a_model_is_named():
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert process.stdout.splitlines()[-1] == "[]"
     assert process.stdout.startswith("GPU ")
+
+
+def test_the_bound_on_dequantised_experts_is_theirs():
+    assert EXPERT_WORKSPACE_BYTES == quantization.WORKSPACE
 
 
 def test_every_card_has_a_source_and_sound_numbers():
