@@ -1,6 +1,7 @@
 """Training as its users do it: a plain loop, `Trainer`, TRL's `SFTTrainer`, PEFT, autocast."""
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,59 @@ def test_autocast_step_is_finite(family):
     assert output.loss.item() == pytest.approx(exact.loss.item(), rel=0.02)  # bfloat16 has three digits
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
+
+
+# Activation checkpointing
+
+
+class Kept:
+    """Bytes that autograd keeps for the backward pass, parameters left out. What a checkpointed layer would keep is not
+    among them: it is computed again."""
+
+    def __init__(self, model):
+        self.storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.kept = 0
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.storages:
+            self.storages.add(storage.data_ptr())
+            self.kept += storage.nbytes()
+        return tensor
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_checkpointing_computes_again_and_keeps_less(use_reentrant, packed):
+    """The same losses, gradients and load of the experts, with MTP modules among the layers that compute again."""
+    ids = tokens(2, 64)
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    if packed:
+        inputs["position_ids"] = torch.cat([torch.arange(40), torch.arange(24)]).expand(2, -1)
+    steps, kept = [], []
+    for checkpointed in (False, True):
+        model = tiny_model(num_nextn_predict_layers=2, aux_loss_alpha=0.25).train()
+        if checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        runs = Counter()
+        for layer in model.model.layers:
+            layer.input_layernorm.register_forward_hook(lambda norm, *_, runs=runs: runs.update([norm]))
+        counter = Kept(model)
+        with torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor):
+            output = model(**inputs)
+        output.loss.backward()
+        assert list(runs.values()) == [2 if checkpointed else 1] * 5
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        load = {layer: counts.tolist() for layer, counts in model.update_correction_bias().items()}
+        parts = [output.loss, output.lm_loss, *output.mtp_losses, output.aux_loss]
+        steps.append((torch.stack(parts).tolist(), gradients, load))
+        kept.append(counter.kept)
+    (parts, gradients, load), (parts_again, gradients_again, load_again) = steps
+    assert parts_again == parts
+    assert load_again == load
+    for name, gradient in gradients.items():
+        assert (gradients_again[name] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
+    assert kept[1] < kept[0] / 5, kept
 
 
 # Trainer
