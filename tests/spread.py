@@ -145,6 +145,34 @@ def in_chunks(folder: Path, layout: str) -> None:
         close(gradient, mean_over_ranks(other.grad), f"gradient of {name}")
 
 
+def uneven_chunks(folder: Path, head_alone: bool) -> None:
+    """One rank has many targets and the other few, and so another number of chunks: a head that is gathered for each
+    of them would wait for ever."""
+    gradients = []
+    for skip_logits in (False, True):
+        model = load(folder / "v3")
+        model.config.logits_workspace_mib, model.config.vocab_size = 1, 2**16  # four tokens at a time
+        for layer in model.model.layers:
+            fully_shard(layer)
+        if head_alone:
+            fully_shard(model.lm_head)
+        fully_shard(model)
+        ids = tokens(2, 24, seed=dist.get_rank())
+        labels = ids.clone()
+        labels[:, : (3, 20)[dist.get_rank()]] = -100
+        calls: list[int] = []
+        model.lm_head.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        if not skip_logits:
+            model.config.vocab_size = 256
+        output = model.train()(ids, labels=labels, skip_logits=skip_logits, use_cache=False)
+        assert (output.logits is None) == skip_logits
+        assert (len(calls) == 3) == (head_alone or not skip_logits)  # the model and two modules
+        output.loss.backward()
+        gradients.append({name: full(parameter.grad) for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        close(gradients[1][name], gradient, f"gradient of {name}")
+
+
 def absorbed(folder: Path, layout: str) -> None:
     """Gradients, too, where the latents feed the heads of each rank without passing through kv_b_proj."""
     spread, whole = load(folder / "v3", layout), load(folder / "v3")

@@ -15,6 +15,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_deepseek.losses import gathers_at_every_call, token_losses, tokens_at_once
+from tests import spread
+from tests.ranks import on_ranks
 from tests.tiny import tiny_model, tokens
 
 VOCABULARY = 2**15  # of which 1 MiB holds the logits of 8 tokens
@@ -348,6 +350,12 @@ def test_trainer_trains_and_evaluates(tmp_path, chunked):
 
 
 LOGGED_LOSSES: dict[str, list[float]] = {}  # of whichever of the two ran first
+
+
+@pytest.mark.parametrize("head_alone", [False, True])
+def test_ranks_with_more_targets_do_not_wait_for_the_others(tmp_path, head_alone):
+    tiny_model(num_nextn_predict_layers=2).save_pretrained(tmp_path / "v3")
+    on_ranks(tmp_path, spread.uneven_chunks, head_alone)
 
 
 # Memory, by the process's own high-water mark.
