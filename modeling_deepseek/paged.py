@@ -37,8 +37,8 @@ from .configuration_deepseek import DeepseekConfig
 # A group takes in one more request while padding all to its longest keeps the scores to compute under this multiple
 # of the wanted ones, or under so many more: a group of its own costs about as much as that. And while all heads'
 # scores are no more than MAX_SCORES.
-MAX_PADDING = 1.5
-FREE_SCORES = 2048
+MAX_PADDING = 1.1
+FREE_SCORES = 512
 MAX_SCORES = 2**26
 
 # Tokens in the pages of a server on a CPU, where its settings do not say: 4.6 GB for V3 in bfloat16.
