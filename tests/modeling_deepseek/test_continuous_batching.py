@@ -15,7 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, DynamicCache, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+)
 from transformers.generation.continuous_batching.cache import PagedAttentionCache, PagedAttentionMemoryHandler
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
@@ -108,11 +115,11 @@ def test_both_paths_of_attention(path):
 
 @pytest.mark.parametrize("family", ["v2", "v3"])
 def test_few_pages_send_requests_back_to_the_queue(family, seen):
-    """Twelve pages of 16 tokens hold two long requests: the others wait, and some are put back and begin again."""
+    """Nine pages of 16 tokens hold two long requests: the others wait, and some are put back and begin again."""
     model, prompts = tiny_model(family), ragged()
-    config = GenerationConfig(max_new_tokens=60, do_sample=False, eos_token_id=250, pad_token_id=0)
+    config = GenerationConfig(max_new_tokens=40, do_sample=False, eos_token_id=250, pad_token_id=0)
     expected = padded_generate(model, prompts, config)
-    assert batched(model, prompts, config, num_blocks=12, safety_margin=0.0) == expected
+    assert batched(model, prompts, config, num_blocks=9, safety_margin=0.0) == expected
     assert seen["offloads"] > 0
 
 
@@ -174,6 +181,34 @@ def test_a_trained_model_on_real_prompts(teacher, seen):
     assert batched(model, prompts, config, num_blocks=None, page_size=256) == expected
 
 
+def test_adapters(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model, prompts = peft.get_peft_model(tiny_model(), config).eval(), ragged(5)
+    expected = padded_generate(model, prompts)
+    assert expected != padded_generate(tiny_model(), prompts)
+    assert batched(model, prompts) == expected
+
+
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes looks for kernels that a CPU need not have
+def test_weights_in_4_bits(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny_model().save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, dtype=torch.float32)
+    prompts = ragged(5)
+    assert batched(model, prompts) == padded_generate(model, prompts)
+
+
+def test_drafting_by_default_is_left_to_generate():
+    """A checkpoint may draft with its MTP module by default; a batch has its own way, to the same tokens."""
+    model, prompts = tiny_model(), ragged(5)
+    expected = padded_generate(model, prompts)
+    model.generation_config.use_mtp = True
+    assert batched(model, prompts) == expected
+
+
 # What is in the pages.
 
 
@@ -200,7 +235,8 @@ def test_pages_hold_the_latents_of_the_cache(seen, monkeypatch):
 
 
 def test_the_number_of_pages_that_fit_is_what_latents_take(seen, monkeypatch):
-    available = 200 * 2**20
+    """Also on a CPU, where the pages asked for are fewer unless even these do not fit."""
+    available = 30 * 2**20
     monkeypatch.setattr(PagedAttentionMemoryHandler, "get_available_memory", lambda self: available)
     config = tiny_config()
     model = tiny_model()
@@ -208,12 +244,12 @@ def test_the_number_of_pages_that_fit_is_what_latents_take(seen, monkeypatch):
         GREEDY, continuous_batching_config=ContinuousBatchingConfig(max_batch_tokens=64, page_size=16)
     ):
         pass
-    cache = seen["caches"][0]
+    cache = seen["caches"][-1]  # the first did not fit
     per_token = config.cache_values_per_token * 4
     # Beside a token in the pages: the copy of its latent that a layer reads, and its number.
     beside = (config.kv_lora_rank + config.qk_rope_head_dim) * 4 + 8
     tokens_that_fit = cache.num_blocks * 16
-    assert available * 0.99 < tokens_that_fit * (per_token + beside) < available
+    assert available * 0.98 < tokens_that_fit * (per_token + beside) < available
 
 
 def test_nothing_else_sees_the_width_of_a_page():
@@ -262,7 +298,7 @@ def test_samples_of_one_prompt_follow_each_other():
     """Also for prompts all but whose last token another has left in the pages, and for those of one token."""
     model, shared = tiny_model(), tokens(1, 32, seed=9)[0].tolist()
     prompts = [*ragged(4), [*shared, 7], [*shared, 8], [*shared, 9]]
-    config = GenerationConfig(max_new_tokens=12, do_sample=True, num_return_sequences=3, eos_token_id=250)
+    config = GenerationConfig(max_new_tokens=5, do_sample=True, num_return_sequences=3, eos_token_id=250)
     settings = ContinuousBatchingConfig(**SMALL_PAGES, seed=3, max_requests_per_batch=1)
     results = list(model.generate_batch(prompts, config, settings).values())
     assert len(results) == 21
