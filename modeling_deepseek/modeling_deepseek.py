@@ -59,8 +59,10 @@ from .parallel import check_layout, is_spread, rules_that_apply, whole_state, wi
 from .quantization import (
     device_of,
     is_bitsandbytes,
+    load_quantized,
     one_by_one,
     quantized_experts,
+    quantized_while_loaded,
     replace_experts,
     restore_experts,
     skipping_by_default,
@@ -341,7 +343,8 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         if plain:
             stored = open_checkpoint(checkpoint_files)
             _settle_mtp_modules(model, stored, checkpoint_files[0])
-            stacks, parameters = quantized_experts(model), unquantized(model)
+            parameters = unquantized(model)
+            ours = quantized_while_loaded(model, quantizer) if with_bitsandbytes else {}
             plan = LoadingPlan(
                 config,
                 parameters,
@@ -352,7 +355,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
                 quantized=[
                     name
                     for name in parameters
-                    if quantizer.pre_quantized and (name in stacks or quantizer.param_needs_quantization(model, name))
+                    if quantizer.pre_quantized and (name in ours or quantizer.param_needs_quantization(model, name))
                 ]
                 if with_bitsandbytes
                 else (),
@@ -360,7 +363,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             )
             plan.check_mtp_copies()
             plan.raise_for_leftovers()
-            stored_stacks = {name: plan.parameters.pop(name, None) for name in stacks}
+            stored_ours = {name: plan.parameters.pop(name, None) for name in ours}
             state_dict, checkpoint_files = plan.with_statistics(), None
             mapping = quantizer.get_weight_conversions() if with_bitsandbytes else []
             load_config = dataclasses.replace(load_config, weight_mapping=mapping)
@@ -377,14 +380,14 @@ class DeepseekPreTrainedModel(PreTrainedModel):
             )
         result = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         if plain:
-            for path, (module, name) in stacks.items():
-                lazy = stored_stacks[path]
+            for path, (module, name) in ours.items():
+                lazy = stored_ours[path]
                 if lazy is None:
                     raise ValueError(
                         f"{path} is not in the checkpoint, and cannot start from random weights in 4 or 8 bits; add "
                         "its layer to `llm_int8_skip_modules`, or leave it out: `num_nextn_predict_layers`"
                     )
-                module.load(name, lazy, device_of(path, load_config.device_map))
+                load_quantized(module, name, lazy, device_of(path, load_config.device_map))
                 result[0].missing_keys -= {path, f"{path}_SCB"}
             model._weight_conversions = None  # saving goes by the registered layout, not by what loading used
         elif checkpoint_files is not None or state_dict is not None:

@@ -14,7 +14,9 @@ one tensor (2 for gate_up_proj, 1 for down_proj), G experts of a group, D hidden
 """
 
 import copy
+import ctypes
 import importlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -44,6 +46,15 @@ def bitsandbytes() -> Any:
     return importlib.import_module("bitsandbytes")
 
 
+def release_freed_memory(device: torch.device) -> None:
+    """Gives pages of freed tensors back to the system, if it was on the CPU that something was quantised: glibc keeps
+    them between tensors that live on, up to the size of the model and more."""
+    on_cpu = device.type == "cpu" and sys.platform == "linux"
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if on_cpu else None
+    if trim is not None:
+        trim(0)
+
+
 def is_bitsandbytes(quantization_config: Any) -> bool:
     """Whether this `quantization_config`, an object or the dictionary of a config.json, is one of bitsandbytes."""
     if isinstance(quantization_config, Mapping):
@@ -62,6 +73,25 @@ def skipping_by_default(quantization_config: Any) -> Any:
     elif quantization_config.llm_int8_skip_modules is None:
         quantization_config.llm_int8_skip_modules = list(_WHOLE)
     return quantization_config
+
+
+def quantize_4bit(
+    weight_OI: torch.Tensor, quant_type: str, double_quant: bool, quant_storage: torch.dtype
+) -> tuple[torch.Tensor, Any]:
+    """bitsandbytes' function of this name, on CPU with a bounded workspace: (packed values, `QuantState`)."""
+    functional = bitsandbytes().functional
+    kwargs = {"quant_type": quant_type, "quant_storage": quant_storage}
+    flat = weight_OI.contiguous().view(-1)
+    if flat.device.type != "cpu" or flat.numel() <= _CHUNK:
+        return functional.quantize_4bit(weight_OI, compress_statistics=double_quant, **kwargs)
+    parts = [functional.quantize_4bit(part, **kwargs) for part in flat.split(_CHUNK)]
+    state = parts[0][1]
+    state.absmax, state.shape = torch.cat([part.absmax for _, part in parts]), weight_OI.shape
+    if double_quant:
+        state.offset = state.absmax.mean()
+        state.absmax, state.state2 = functional.quantize_blockwise(state.absmax - state.offset, blocksize=256)
+        state.nested = True
+    return torch.cat([packed for packed, _ in parts]), state
 
 
 class DeepseekQuantizedExperts(nn.Module):
@@ -138,6 +168,7 @@ class DeepseekQuantizedExperts(nn.Module):
                     self.put(name, expert, half, *self.restore(part[...], statistics, device))
                 else:
                     self.put(name, expert, half, *self.quantize(part[...].to(device, self.dtype)))
+            release_freed_memory(device)
 
     def hub_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each expert's tensors, as copies: a file holds no two names for one tensor."""
@@ -194,20 +225,7 @@ class DeepseekExperts4bit(DeepseekQuantizedExperts):
         return outputs * inputs // len(_HALVES[name])
 
     def quantize(self, weight_OI: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        functional = bitsandbytes().functional
-        kwargs = {"quant_type": self.quant_type, "quant_storage": self.quant_storage}
-        flat = weight_OI.contiguous().view(-1)
-        if flat.device.type != "cpu" or flat.numel() <= _CHUNK:
-            packed, state = functional.quantize_4bit(weight_OI, compress_statistics=self.double_quant, **kwargs)
-            return packed, state
-        parts = [functional.quantize_4bit(part, **kwargs) for part in flat.split(_CHUNK)]
-        state = parts[0][1]
-        state.absmax, state.shape = torch.cat([part.absmax for _, part in parts]), weight_OI.shape
-        if self.double_quant:  # as bitsandbytes' quantize_4bit
-            state.offset = state.absmax.mean()
-            state.absmax, state.state2 = functional.quantize_blockwise(state.absmax - state.offset, blocksize=256)
-            state.nested = True
-        return torch.cat([packed for packed, _ in parts]), state
+        return quantize_4bit(weight_OI, self.quant_type, self.double_quant, self.quant_storage)
 
     def put(self, name: str, expert: int, half: int, weight: torch.Tensor, statistics: Any) -> None:
         parameter = getattr(self, name)
@@ -465,6 +483,41 @@ def quantized_experts(model: nn.Module) -> dict[str, tuple[DeepseekQuantizedExpe
         if isinstance(module, DeepseekQuantizedExperts)
         for name in _HALVES
     }
+
+
+def quantized_while_loaded(model: nn.Module, quantizer: Any) -> dict[str, tuple[Any, str]]:
+    """Module and name of each parameter that `load_quantized` has to load, by its path: stacks of experts, and the
+    weights of linear layers that are quantised to 4 bits now, for which transformers takes a workspace of ten times the
+    weight."""
+    found: dict[str, tuple[Any, str]] = dict(quantized_experts(model))
+    if not quantizer.pre_quantized and quantizer.quantization_config.load_in_4bit:
+        for path, module in model.named_modules():
+            if isinstance(module, bitsandbytes().nn.Linear4bit):
+                found[f"{path}.weight"] = module, "weight"
+    return found
+
+
+def load_quantized(module: Any, name: str, stored: LazyParameter, device: torch.device) -> None:
+    """Loads one of `quantized_while_loaded`."""
+    if isinstance(module, DeepseekQuantizedExperts):
+        module.load(name, stored, device)
+        return
+    old = module.weight
+    packed, state = quantize_4bit(stored[...].to(device), old.quant_type, old.compress_statistics, old.quant_storage)
+    module.quant_state = state
+    module.weight = bitsandbytes().nn.Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=old.compress_statistics,
+        quant_type=old.quant_type,
+        quant_storage=old.quant_storage,
+        module=module,
+        bnb_quantized=True,
+    )
+    module.weight._is_hf_initialized = module._is_hf_initialized = True
+    release_freed_memory(device)
 
 
 def unquantized(model: nn.Module) -> dict[str, torch.Tensor]:
