@@ -34,6 +34,8 @@ from .moe import DeepseekExperts, run_experts
 WORKSPACE = 2**28
 # On CPU one expert of V2-Lite: the C library hands out such a size again, instead of mapping fresh pages for it.
 CPU_WORKSPACE = 2**24
+# On CUDA bitsandbytes multiplies so many rows without writing the weight out.
+FUSED_ROWS = 4
 # Values quantised at a time on CPU, where bitsandbytes takes some 20 bytes of workspace for each.
 _CHUNK = 2**18
 _HALVES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -124,14 +126,31 @@ class DeepseekQuantizedExperts(nn.Module):
         workspace = CPU_WORKSPACE if rows.device.type == "cpu" else WORKSPACE
         result = rows.new_zeros(rows.shape[0], inputs if transposed else outputs)
         with torch.autocast(rows.device.type, enabled=False):  # or the products would be in its dtype after all
+            if not transposed and len(rows) <= len(active) * self.fused_rows(name, rows.device):
+                for expert in active:
+                    some = slice(starts[expert], ends[expert])
+                    result[some] = self.fused_product(name, expert, rows[some])
+                return result
             for group in _chunks(active, max(1, workspace // (outputs * inputs * rows.element_size()))):
                 some = slice(starts[group[0]], ends[group[-1]])
-                weight_GOI = self.dequantized(name, group, rows.dtype)
+                weight_GOI = self.factor(name, group, rows.dtype)
                 offsets_G = torch.tensor([ends[expert] - some.start for expert in group], dtype=torch.int32)
                 result[some] = _grouped_linear(
                     rows[some], weight_GOI, offsets_G.to(rows.device), is_transposed=transposed
                 )
         return result
+
+    def fused_rows(self, name: str, device: torch.device) -> int:
+        """Rows for each expert up to which `fused_product` is the faster way, 0 where there is none."""
+        return 0
+
+    def fused_product(self, name: str, expert: int, rows_NI: torch.Tensor) -> torch.Tensor:
+        """(N, O) by a kernel that reads the quantised weight itself."""
+        raise NotImplementedError
+
+    def factor(self, name: str, experts: list[int], dtype: torch.dtype) -> torch.Tensor:
+        """What `multiply` takes for the weights (G, O, I) of these experts."""
+        return self.dequantized(name, experts, dtype)
 
     def dequantized(self, name: str, experts: list[int], dtype: torch.dtype) -> torch.Tensor:
         """The weights (G, O, I) of these experts."""
@@ -321,6 +340,21 @@ class DeepseekExperts4bit(DeepseekQuantizedExperts):
         # One block in a row: of rows of 32 or 96 values bitsandbytes 0.50 takes wrong scales, on CPUs with AVX-512.
         return undo(packed, absmax, (absmax.numel(), state.blocksize)).view(-1, outputs, inputs)
 
+    def fused_rows(self, name: str, device: torch.device) -> int:
+        whole_blocks = self._values(name) % getattr(self, name).quant_state.blocksize == 0
+        return FUSED_ROWS if device.type == "cuda" and whole_blocks else 0
+
+    def fused_product(self, name: str, expert: int, rows_NI: torch.Tensor) -> torch.Tensor:
+        bnb, parameter = bitsandbytes(), getattr(self, name)
+        one = bnb.functional.QuantState(
+            absmax=self.absmax(name, [expert]).reshape(-1),
+            shape=torch.Size(self.shapes[name][1:]),
+            blocksize=parameter.quant_state.blocksize,
+            quant_type=parameter.quant_state.quant_type,
+            dtype=rows_NI.dtype,
+        )
+        return bnb.matmul_4bit(rows_NI, parameter.data[expert].reshape(-1, 1), one)
+
     def stored_as(self, name: str, expert: int, half: int) -> Iterator[tuple[str, torch.Tensor]]:
         yield "weight", getattr(self, name)[expert, half].view(-1, 1)
         for suffix, tensor in self.one_state(name, expert, half).as_dict(packed=True).items():
@@ -398,9 +432,24 @@ class DeepseekExperts8bit(DeepseekQuantizedExperts):
         getattr(self, name).data[expert, some] = weight
         getattr(self, f"{name}_SCB")[expert, some] = statistics
 
+    def multiply(self, name: str, rows: torch.Tensor, offsets_E: torch.Tensor, transposed: bool) -> torch.Tensor:
+        if rows.dtype == torch.float16:  # in which 127 times the product would be infinite
+            return super().multiply(name, rows, offsets_E, transposed)
+        # int8 values are exact in bfloat16. A scale belongs to an output: it multiplies outputs, not the weight.
+        rows_N = torch.arange(len(rows), device=rows.device, dtype=offsets_E.dtype)
+        expert_N = torch.searchsorted(offsets_E, rows_N, right=True).clamp(max=self.num_experts - 1)
+        scale_NO = getattr(self, f"{name}_SCB")[expert_N] * (1 / 127)
+        if transposed:
+            return super().multiply(name, (rows * scale_NO).to(rows.dtype), offsets_E, transposed)
+        return (super().multiply(name, rows, offsets_E, transposed) * scale_NO).to(rows.dtype)
+
+    def factor(self, name: str, experts: list[int], dtype: torch.dtype) -> torch.Tensor:
+        values = _select(getattr(self, name).data, experts)
+        return self.dequantized(name, experts, dtype) if dtype == torch.float16 else values.to(dtype)
+
     def dequantized(self, name: str, experts: list[int], dtype: torch.dtype) -> torch.Tensor:
         scale = _select(getattr(self, f"{name}_SCB"), experts)[..., None] * (1 / 127)
-        return _select(getattr(self, name).data, experts).to(dtype).mul_(scale)
+        return (_select(getattr(self, name).data, experts) * scale).to(dtype)
 
     def stored_as(self, name: str, expert: int, half: int) -> Iterator[tuple[str, torch.Tensor]]:
         halves = len(_HALVES[name])
