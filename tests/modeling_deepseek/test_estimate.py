@@ -394,16 +394,23 @@ def test_sets_to_adapt_are_checked():
 # Serving
 
 
-def test_longest_context_and_most_sequences_are_the_last_that_fit():
-    config, memory = load_config("deepseek-v2-lite"), 16 * 10**9
+@pytest.mark.parametrize("gigabytes", [12, 13, 14, 15, 16, 17])
+def test_longest_context_and_most_sequences_are_the_last_that_fit(gigabytes):
+    config, memory = load_config("deepseek-v2-lite"), gigabytes * 10**9
+
+    def needed(context, sequences=1):
+        return serving_memory(config, context, batch_size=sequences, weights_dtype="nf4").bytes_per_gpu
+
     longest = longest_context(config, memory, weights_dtype="nf4")
     assert 0 < longest < config.max_position_embeddings
-    assert serving_memory(config, longest, weights_dtype="nf4").bytes_per_gpu <= memory
-    assert serving_memory(config, longest + 1, weights_dtype="nf4").bytes_per_gpu > memory
-    most = most_sequences(config, memory, 4096, weights_dtype="nf4")
+    assert needed(longest) <= memory < needed(longest + 1)
+    most = most_sequences(config, memory, 1024, weights_dtype="nf4")
     assert most > 1
-    assert serving_memory(config, 4096, batch_size=most, weights_dtype="nf4").bytes_per_gpu <= memory
-    assert serving_memory(config, 4096, batch_size=most + 1, weights_dtype="nf4").bytes_per_gpu > memory
+    assert needed(1024, most) <= memory < needed(1024, most + 1)
+
+
+def test_nothing_fits_where_the_weights_do_not():
+    config = load_config("deepseek-v2-lite")
     assert longest_context(config, 8 * 10**9, weights_dtype="nf4") == 0
     assert most_sequences(config, 8 * 10**9, 4096, weights_dtype="nf4") == 0
 
@@ -427,10 +434,9 @@ def test_layers_are_dealt_out_and_tensors_are_cut():
     assert one.weights_bytes == layers.weights_bytes == one.weights_bytes_per_gpu
     assert tensor.weights_bytes_per_gpu == one.weights_bytes // 8
     assert tensor.cache_bytes_per_gpu == one.cache_bytes  # latents have no heads to be split by
-    # Dealt out whole, 61 layers give some GPU eight, a sixty-first each, and embedding or head at most besides.
-    eight = 8 / 61 * one.weights_bytes
-    assert layers.weights_bytes_per_gpu > eight
-    assert layers.cache_bytes_per_gpu >= 8 * one.cache_bytes // 61
+    # Dealt out whole, 61 layers give some GPU eight at least; an eighth and one more are 8.6.
+    assert 8 / 61 < layers.weights_bytes_per_gpu / one.weights_bytes < 9 / 61
+    assert 8 / 61 < layers.cache_bytes_per_gpu / one.cache_bytes < 9 / 61
 
 
 def test_a_batch_meets_the_experts_that_even_routing_says():
