@@ -97,6 +97,16 @@ def test_packed_training_is_training_on_each_document(implementation, collator, 
     assert (whole - expected_whole).norm() < 1e-6 * expected_whole.norm()
 
 
+@pytest.mark.parametrize("collator", ["seq_idx alone", "cu_seq_lens alone"])
+def test_no_target_crosses_into_the_next_document(collator):
+    """Although the labels would have one there: the collators take the first of each document out."""
+    packed = packed_batch(collator)
+    packed["labels"] = packed["input_ids"]
+    expected, _, _ = training_step("sdpa", separate_batch())
+    found, _, _ = training_step("sdpa", packed)
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.usefixtures("flex")
 @pytest.mark.parametrize("collator", COLLATORS)
 @torch.no_grad()
