@@ -150,6 +150,7 @@ def settle_targets(config: Any, model: nn.Module) -> None:
         settled.target_modules = kept
         settled.target_modules |= {name for name in asked if not _exists(settled, name)}
     if not is_lora:
+        config.target_modules = settled.target_modules
         return
     if asked:
         _refuse_variants(config)
@@ -160,15 +161,16 @@ def settle_targets(config: Any, model: nn.Module) -> None:
 
     # PEFT shortens a long list to endings that no other module has; it must then see the projections to know of them.
     long = not isinstance(settled.target_modules, str) and len(settled.target_modules or ()) >= 20
+    asked_of = {name: any(one.startswith(f"{name}.") for one in asked) for name in mixtures}
     for name, mixture in mixtures.items():
-        is_asked = any(one.startswith(name) for one in asked)
-        if is_asked:
+        if asked_of[name]:
             _refuse_sharded(name, mixture.experts)
-        if (is_asked or long) and not isinstance(mixture.experts, AdaptedExperts):
+    for name, mixture in mixtures.items():
+        if (asked_of[name] or long) and not isinstance(mixture.experts, AdaptedExperts):
             mixture.experts = AdaptedExperts(mixture.experts)  # type: ignore[assignment]  # it stands in for them
     for name in ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
         setattr(config, name, getattr(settled, name))
-    config._register_custom_module({ExpertProjection: _lora_projection_class()})
+    config._register_custom_module({ExpertProjection: sys.modules[__name__].LoraExpertProjection})
 
 
 def _in_layers(config: Any, name: str) -> bool:
@@ -743,12 +745,10 @@ def _replace_conversion(module: Any, model_class: type[nn.Module]) -> None:
     lora_model._get_adapter_state_dict = classmethod(_get_adapter_state_dict)
 
 
-def _lora_projection_class() -> type[nn.Module]:
-    global _made
-    if _made is None:
-        lora_layer = importlib.import_module("peft.tuners.lora.layer").LoraLayer
-        _made = type("LoraExpertProjection", (AdaptedProjection, lora_layer), {"__module__": __name__})
-    return _made
-
-
-_made: type[nn.Module] | None = None
+def __getattr__(name: str) -> Any:
+    """`LoraExpertProjection`, made once PEFT is there; an attribute of this module, as pickle wants it."""
+    if name != "LoraExpertProjection":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    lora_layer = importlib.import_module("peft.tuners.lora.layer").LoraLayer
+    made = type(name, (AdaptedProjection, lora_layer), {"__module__": __name__})
+    return globals().setdefault(name, made)

@@ -232,10 +232,9 @@ def test_sets_as_names_for_other_methods():
     assert set(names) == SETS["attention"] | SETS["dense_mlp"]
     adapted_model = adapt(model, "all-linear")
     assert set(target_modules(adapted_model, SETS)) == ALL  # the same once they are adapted
-    ia3 = IA3Config(target_modules=names, feedforward_modules=[])
-    assert len([name for name, _ in get_peft_model(tiny_model(), ia3).named_parameters() if "ia3_" in name]) == len(
-        names
-    )
+    for asked in (names, ["attention", "dense_mlp"]):
+        ia3 = get_peft_model(tiny_model(), IA3Config(target_modules=asked, feedforward_modules=[]))
+        assert len([name for name, _ in ia3.named_parameters() if "ia3_" in name]) == len(names)
 
 
 def test_a_long_list_is_not_shortened_to_what_names_routed_experts_too(tmp_path):
@@ -572,6 +571,16 @@ def test_every_way_of_loading(tmp_path):
     fresh = tiny_model()
     fresh.load_adapter(peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), adapter_state_dict=state)
     assert torch.equal(logits(fresh), expected)
+
+
+def test_an_adapted_model_can_be_pickled_and_generates_as_when_merged(tmp_path):
+    model = adapt(tiny_model(), "all-linear", task_type="CAUSAL_LM")
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(logits(torch.load(tmp_path / "model.pt", weights_only=False)), logits(model))
+    ask = dict(input_ids=tokens(), attention_mask=torch.ones_like(tokens()), max_new_tokens=12, do_sample=False)
+    expected = model.generate(**ask)
+    assert torch.equal(model.generate(**ask, use_mtp=True), expected)  # drafts of adapted modules
+    assert torch.equal(model.merge_and_unload().generate(**ask), expected)
 
 
 def test_a_file_with_gaps_is_refused():
