@@ -55,7 +55,7 @@ from .moe import DeepseekExperts, DeepseekGate, DeepseekMoE, load_balancing_loss
 from .mtp import DeepseekMTPLayer, same_document, shift_left, targets_ahead
 from .packing import SequenceContext, documents, packed_positions, paged_context, sequence_context
 from .paged import LatentBatching
-from .parallel import check_layout, is_spread, rules_that_apply, whole_state, without_labels
+from .parallel import check_generation, check_layout, is_spread, rules_that_apply, whole_state, without_labels
 from .quantization import (
     device_of,
     is_bitsandbytes,
@@ -875,6 +875,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, LatentBatching, GenerationMix
         return losses, balance
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        check_generation(self, generation_config)
         if generation_config.use_mtp:
             check_speculation(self, generation_config, generation_mode_kwargs)
         else:

@@ -14,6 +14,7 @@ FSDP2 by accelerate or by `torch.distributed.fsdp.fully_shard` works on the same
 the library lacks, and the two places where a gradient or a state crosses ranks.
 """
 
+import hashlib
 import os
 from collections.abc import Callable
 from functools import wraps
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 from transformers.distributed.utils import gather_full_state_dict, is_dtensor
@@ -93,6 +94,38 @@ def without_labels(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(*args, **kwargs)
 
     return inference
+
+
+def check_generation(model: PreTrainedModel, generation_config: GenerationConfig) -> None:
+    """Whether ranks that share a batch would go on with the same tokens.
+
+    Raises:
+        ValueError: for sampling from different random states, which would part them without a word, and for drafting
+            on the stages of a pipeline.
+    """
+    meshes = getattr(model, "_mesh_manager", None)
+    if meshes is None:
+        return
+    shared = [mesh for mesh in (meshes.get_mesh("tp"), meshes.get_mesh("pp")) if mesh.size() > 1]
+    if hasattr(model, "_pp_stage") and generation_config.use_mtp:
+        raise ValueError(
+            "`use_mtp=True` needs embedding, MTP modules and head on one rank, and pp_size > 1 parts them: leave "
+            "`use_mtp` out, or spread the model by tp_size and ep_size"
+        )
+    if not generation_config.do_sample or not shared:
+        return
+    state = (
+        torch.get_rng_state() if model.device.type == "cpu" else torch.get_device_module().get_rng_state(model.device)
+    )
+    digest = int.from_bytes(hashlib.sha256(bytes(state.tolist())).digest()[:7], "big")
+    for mesh in shared:
+        bounds = torch.tensor([digest, -digest], device=model.device)
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=mesh.get_group())
+        if bounds[0] != -bounds[1]:
+            raise ValueError(
+                "ranks that share one batch would sample different tokens, since their random states differ: call "
+                "`transformers.set_seed` with the same seed on all of them before `generate`"
+            )
 
 
 def summed_gradient(x: torch.Tensor, mesh: Any) -> torch.Tensor:

@@ -190,15 +190,28 @@ def halves(folder: Path, layout: str, names: set[str] | None) -> None:
 
 
 def generates(folder: Path, layout: str, cache: str) -> None:
-    """Left-padded prompts, token for token, on every rank."""
+    """Left-padded prompts, token for token, greedy and sampled, drafted by MTP modules and not, on every rank; but not
+    with random states that differ, nor drafted on the stages of a pipeline."""
     spread, whole = load(folder / "v3", layout), load(folder / "v3")
     ids = tokens(3, 9)
     mask = torch.ones_like(ids)
     mask[0, :4] = mask[1, :2] = 0
-    kwargs = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    theirs = whole.generate(ids, **kwargs)
-    ours = spread.generate(ids, cache_implementation=cache, **kwargs)
-    assert ours.tolist() == theirs.tolist()
+    kwargs = {"attention_mask": mask, "max_new_tokens": 8, "eos_token_id": None}
+    for do_sample in (False, True):
+        for use_mtp in (False,) if layout == "pp" else (False, True):
+            outputs = []
+            for model, own in ((spread, {"cache_implementation": cache}), (whole, {})):
+                torch.manual_seed(0)
+                own |= {"do_sample": do_sample, "use_mtp": use_mtp}
+                outputs.append(model.generate(ids, **own, **kwargs).tolist())
+            assert outputs[0] == outputs[1], own
+    torch.manual_seed(dist.get_rank())
+    spread.generate(ids, do_sample=False, **kwargs)
+    with pytest.raises(ValueError, match="their random states differ"):
+        spread.generate(ids, do_sample=True, **kwargs)
+    if layout == "pp":
+        with pytest.raises(ValueError, match="pp_size > 1 parts them"):
+            spread.generate(ids, do_sample=False, use_mtp=True, **kwargs)
 
 
 def same_logits(folder: Path, checkpoint: str, layout: str, kwargs: dict[str, Any] | None = None) -> None:
