@@ -365,6 +365,14 @@ def test_sharding_divides_and_accumulation_adds():
     assert summed.peak_bytes > shared.peak_bytes
 
 
+def test_an_optimizer_that_loops_has_two_copies_of_the_largest_tensor():
+    """Over few tokens, where the peak is the step: V2-Lite's stack of gate and up projections, twice in float32."""
+    options = {"context_tokens": 1, "precision": "fp32", "checkpointing": False}
+    loops, fused = (estimate_training("deepseek-v2-lite", fused=fused, **options).memory for fused in (False, True))
+    tensors = [memory.peak_bytes - memory.allowance_bytes for memory in (loops, fused)]
+    assert tensors[0] - tensors[1] == 2 * 4 * 64 * 2816 * 2048
+
+
 def test_lora_trains_little_and_qlora_holds_less():
     full = estimate_training("deepseek-v2-lite", precision="bf16")
     lora = estimate_training("deepseek-v2-lite", lora_rank=16)
