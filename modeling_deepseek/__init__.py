@@ -6,7 +6,7 @@
 What a forward pass goes through, and the file of each step:
 
     config.json -> configuration_deepseek
-    checkpoint  -> conversion (experts, FP8, MTP) -> modeling_deepseek.DeepseekForCausalLM
+    checkpoint  -> conversion (experts, FP8, MTP) [-> quantization] -> modeling_deepseek.DeepseekForCausalLM
     tokens -> embedding -> [ layers.RMSNorm -> mla (rope; expanded | absorbed; cache of latents)
                              layers.RMSNorm -> layers.MLP | moe (route -> experts + shared) ] x layers -> head -> logits
     labels -> loss + mtp (lambda) + moe.load_balancing_loss (alpha);  after a step: moe bias update (trainer_callback)

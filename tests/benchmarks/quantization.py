@@ -2,8 +2,6 @@
 time of a layer's experts with V2-Lite's sizes, against unquantised ones and a loop over bitsandbytes' layers."""
 
 import logging
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM
 from modeling_deepseek.moe import DeepseekExperts
 from modeling_deepseek.quantization import DeepseekExperts4bit, DeepseekExperts8bit
-from tests.modeling_deepseek.test_quantization import FORMATS, LoopOfLinears, logits, relative
+from tests.modeling_deepseek.test_quantization import FORMATS, LoopOfLinears, logits, peak_and_final, relative
 
 TEACHER = REPOSITORY / "recipes" / "tiny_teacher"
 # One MoE layer of V2-Lite with a quarter of its experts.
@@ -49,41 +47,6 @@ def quantized_bytes(alternate) -> Iterator[Row]:
         yield Row(f"bytes of an expert of V2-Lite, {name}", f"{held:,}", f"{whole:,}", f"{held / whole:.4f}x", goal)
 
 
-# Peak of anonymous memory, so that pages of the file that are merely mapped do not count; weights that stay as they
-# are in the file are such pages, and are counted on top.
-_LOAD = """
-import sys, threading, torch
-import modeling_deepseek, modeling_deepseek.modeling_deepseek, bitsandbytes, accelerate
-import transformers.quantizers.quantizer_bnb_4bit, transformers.integrations.bitsandbytes
-from transformers import BitsAndBytesConfig
-from transformers.utils import logging
-logging.disable_progress_bar()
-bitsandbytes.functional.quantize_4bit(torch.randn(64, 64))
-
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
-
-peak, done = 0, threading.Event()
-def watch():
-    global peak
-    while not done.wait(0.002):
-        peak = max(peak, anonymous())
-
-start = anonymous()
-watcher = threading.Thread(target=watch)
-watcher.start()
-settings = {"load_in_8bit": True} if sys.argv[2] == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-model = modeling_deepseek.DeepseekV3ForCausalLM.from_pretrained(
-    sys.argv[1], device_map={"": "cpu"}, quantization_config=BitsAndBytesConfig(**settings)
-)
-done.set()
-watcher.join()
-mapped = sum(p.nbytes for p in model.parameters() if p.dtype == torch.bfloat16) if sys.argv[3] == "bfloat16" else 0
-print(max(peak, anonymous()) - start + mapped, model.get_memory_footprint())
-"""
-
-
 def quantized_load_memory(alternate) -> Iterator[Row]:
     if not Path("/proc/self/status").exists():
         return
@@ -94,9 +57,7 @@ def quantized_load_memory(alternate) -> Iterator[Row]:
         model.save_pretrained(f"{folder}/bfloat16")
         model.save_pretrained(f"{folder}/FP8", fp8=True)
         for stored, bits in (("bfloat16", "nf4"), ("FP8", "nf4"), ("bfloat16", "int8"), ("FP8", "int8")):
-            command = [sys.executable, "-c", _LOAD, f"{folder}/{stored}", bits, stored]
-            output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
-            peak, final = map(int, output.split()[-2:])
+            peak, final = peak_and_final(f"{folder}/{stored}", bits, mapped=stored == "bfloat16")
             name = f"peak memory to load in {bits} from {stored}, against the result"
             yield Row(name, f"{peak / 1e6:.0f} MB", f"{final / 1e6:.0f} MB", f"{peak / final:.2f}x", "<= 1.3x")
 

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.integrations.accelerate import compute_module_sizes
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM as Theirs
 
-from modeling_deepseek import CheckpointError, DeepseekV3ForCausalLM, quantization
+from modeling_deepseek import CheckpointError, DeepseekV3Config, DeepseekV3ForCausalLM, quantization
 from modeling_deepseek.moe import DeepseekExperts
 from modeling_deepseek.quantization import DeepseekExperts4bit, DeepseekExperts8bit
 from tests.tiny import tiny_config, tiny_model, tokens
@@ -33,6 +34,7 @@ FORMATS = {
     "storage": {**NF4, "bnb_4bit_quant_storage": "bfloat16", "bnb_4bit_compute_dtype": "bfloat16"},
     "int8": {"load_in_8bit": True},
 }
+ROOT = Path(__file__).parents[2]
 HALVES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -625,3 +627,63 @@ def test_code_that_travels_quantises_too(checkpoint, tmp_path):
     assert output.stdout.split()[-1] == "DeepseekExperts4bit"
     for name in ("quantized_there", "stored"):
         torch.testing.assert_close(torch.load(tmp_path / f"{name}.pt"), logits(model), rtol=0, atol=1e-6)
+
+
+# Peak of anonymous memory, so that pages of the file that are merely mapped do not count; weights that stay as they
+# are in the file are such pages, and are counted on top.
+_LOAD = """
+import sys, threading, torch
+import modeling_deepseek, modeling_deepseek.modeling_deepseek, bitsandbytes, accelerate
+import transformers.quantizers.quantizer_bnb_4bit, transformers.integrations.bitsandbytes
+from transformers import BitsAndBytesConfig
+from transformers.utils import logging
+logging.disable_progress_bar()
+bitsandbytes.functional.quantize_4bit(torch.randn(64, 64))
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+peak, done = 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, anonymous())
+
+start = anonymous()
+watcher = threading.Thread(target=watch)
+watcher.start()
+settings = {"load_in_8bit": True} if sys.argv[2] == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+model = modeling_deepseek.DeepseekV3ForCausalLM.from_pretrained(
+    sys.argv[1], device_map={"": "cpu"}, quantization_config=BitsAndBytesConfig(**settings)
+)
+done.set()
+watcher.join()
+mapped = sum(p.nbytes for p in model.parameters() if p.dtype == torch.bfloat16) if sys.argv[3] == "True" else 0
+print(max(peak, anonymous()) - start + mapped, model.get_memory_footprint())
+"""
+
+
+def peak_and_final(folder, bits, mapped):
+    """Bytes at most in use while a checkpoint is loaded in "nf4" or "int8" on CPU, and of the model. `mapped` counts
+    the weights that stay in bfloat16 as pages of the file, not as memory of the process."""
+    command = [sys.executable, "-c", _LOAD, str(folder), bits, str(mapped)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    peak, final = map(int, output.split()[-2:])
+    return peak, final
+
+
+@pytest.mark.slow  # a model of 380 MB, which one core quantises in 20 s
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_loading_takes_little_more_than_the_result(bits, fp8, tmp_path):
+    config = DeepseekV3Config(
+        vocab_size=1024, hidden_size=1024, intermediate_size=2048, moe_intermediate_size=512, n_routed_experts=24,
+        num_experts_per_tok=4, n_group=1, topk_group=1, first_k_dense_replace=1, num_hidden_layers=6,
+        num_attention_heads=16, q_lora_rank=None,
+    )  # fmt: skip
+    DeepseekV3ForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path, fp8=fp8)
+    peak, final = peak_and_final(tmp_path, bits, mapped=not fp8)
+    assert peak <= 1.3 * final
