@@ -27,6 +27,7 @@ from modeling_deepseek.estimate import (
     load_config,
     longest_context,
     lora_parameters,
+    loss_bytes,
     main,
     most_sequences,
     serving_memory,
@@ -363,6 +364,14 @@ def test_sharding_divides_and_accumulation_adds():
     assert shared.activations_bytes == whole.activations_bytes
     summed = estimate_training("moonlight-16b-a3b", accumulates=True, **options).memory
     assert summed.peak_bytes > shared.peak_bytes
+
+
+def test_logits_of_the_loss_by_hand():
+    """8,192 tokens of V3: 512 MiB hold 1,038 tokens' float32 logits. Whole, its MTP module's wait beside them."""
+    config = load_config("deepseek-v3")
+    assert loss_bytes(config, 8192) == 1038 * 129280 * (2 + 3 * 4)
+    config.logits_workspace_mib = 10**5
+    assert loss_bytes(config, 8192) == 8192 * 129280 * (2 + 3 * 4 + 4 + 2)
 
 
 def test_an_optimizer_that_loops_has_two_copies_of_the_largest_tensor():
