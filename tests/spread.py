@@ -27,6 +27,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp": {"fsdp_size": 2},
     "fsdp+ep": {"fsdp_size": 2, "ep_size": 2},
     "pp": {"pp_size": 2},
+    "fsdp+tp": {"fsdp_size": 2, "tp_size": 2},
+    "fsdp+tp+ep": {"fsdp_size": 2, "tp_size": 2, "ep_size": 4},
 }
 
 
@@ -42,7 +44,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 def mine(ids: torch.Tensor, layout: str) -> torch.Tensor:
     """The rows of the batch that this rank sees: all of them, or, where weights are sharded by FSDP, its share."""
-    return ids.chunk(2)[dist.get_rank()] if "fsdp" in layout else ids
+    return ids.chunk(2)[dist.get_rank() // (dist.get_world_size() // 2)] if "fsdp" in layout else ids
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:

@@ -41,6 +41,12 @@ def test_tied_weights_and_biases_are_spread_too(folder, layout):
     on_ranks(folder, spread.same_model, "v2", layout)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp+tp", "fsdp+tp+ep"])
+def test_two_ways_at_once_on_four_ranks(folder, layout):
+    on_ranks(folder, spread.same_model, "v3", layout, ranks=4)
+
+
 @pytest.mark.parametrize("layout", ["tp", "fsdp"])
 def test_recomputed_layers_take_the_same_step(folder, layout):
     on_ranks(folder, spread.recomputed, layout)
