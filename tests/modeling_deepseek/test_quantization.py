@@ -259,6 +259,8 @@ def test_kernel_for_a_few_rows_gives_the_same(name, checkpoint, monkeypatch):
     experts = loaded(checkpoint, name).model.layers[1].mlp.experts
     rows, choices, weights = routed(experts, n_tokens=5)
     expected = experts(rows, choices, weights)
+    assert experts.fused_rows("down_proj", torch.device("cuda")) == 4
+    assert experts.fused_rows("down_proj", torch.device("cpu")) == 0
     called = []
     fused = DeepseekExperts4bit.fused_product
     monkeypatch.setattr(DeepseekExperts4bit, "fused_rows", lambda *_: 4)
