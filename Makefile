@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE = 1
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 # More threads would only wait for each other: the models are tiny.
 quickstart: venv  ## the whole path on bundled tiny models, from problems to evaluated students and their report
