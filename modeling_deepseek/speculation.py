@@ -141,6 +141,7 @@ def process_scores(
 # tokens on computing costs more than reading the weights. CPU: measured on two cores. GPU: reckoned from an H100's
 # bandwidth and arithmetic, and half a millisecond a layer.
 LAUNCH_BYTES = {"cpu": 10_000_000}
+DRAFT_LAYERS = 1.4  # launches of a draft, in layers: joining, embedding, rotation, head and choice come on top
 RIDGE_TOKENS = {"cpu": 8}
 LAUNCH_BYTES_GPU, RIDGE_TOKENS_GPU = 1_000_000_000, 300
 
@@ -149,7 +150,7 @@ class Pace:
     """Chooses the number of drafts that promises the most tokens for the time, from how the drafts of this call fared
     so far. Deterministic: what time costs is reckoned from the sizes of the weights, not taken from a clock."""
 
-    PRIOR, PRIOR_WEIGHT, MEMORY = 0.8, 4.0, 0.98
+    PRIOR, PRIOR_WEIGHT, MEMORY = 0.7, 4.0, 0.98
 
     def __init__(self, costs: list[float], fewest: int):
         """`costs[k]` is the time of a round with k drafts; a draft has 0 or at least `fewest` tokens."""
@@ -210,7 +211,7 @@ def round_costs(model: Any, modules: list[Any], batch: int, most: int) -> list[f
     def verify(tokens: int) -> float:
         return sum(n * (launch + reading(*size, tokens)) for size, n in layers.items()) + reading(0, head, tokens)
 
-    draft = [launch + reading(*sizes(module), batch) + reading(0, head, batch) for module in modules]
+    draft = [DRAFT_LAYERS * launch + reading(*sizes(module), batch) + reading(0, head, batch) for module in modules]
     costs = []
     for count in range(most + 1):
         drafts = sum(draft[:count]) + sum(draft[-1:]) * max(0, count - len(draft))

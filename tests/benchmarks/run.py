@@ -25,6 +25,7 @@ import parallel
 import quantization
 import rows
 import sampling
+import speculation
 import torch
 import training
 
@@ -61,7 +62,19 @@ def main(words: list[str]) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {device}\n")
     print(f"{'row':58} {'ours':>12} {'theirs':>13} {'ratio':>8}  goal")
-    modules = (rows, batching, adapters, sampling, grading, distillation, filters, parallel, training, quantization)
+    modules = (
+        rows,
+        batching,
+        speculation,
+        adapters,
+        sampling,
+        grading,
+        distillation,
+        filters,
+        parallel,
+        training,
+        quantization,
+    )
     for name, measure in [row for module in modules for row in module.ROWS.items()]:
         if words and not any(word in name for word in words):
             continue

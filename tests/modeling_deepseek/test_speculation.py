@@ -121,9 +121,9 @@ def test_greedy_tokens_of_a_trained_model(batch):
     speculative = generate(teacher(), **prompts(batch), max_new_tokens=60, use_mtp=True)
     assert_same(plain, speculative)
     assert_same_cache(plain.past_key_values, speculative.past_key_values, plain.sequences.shape[1] - 1)
-    # Trained modules are right nearly always with the first draft and mostly with the second.
+    # A trained module is right nearly always with the first draft, and mostly with all of them together.
     assert speculative.acceptance[0] > 0.9
-    assert speculative.acceptance[1] > 0.3
+    assert speculative.accepted.sum() > 0.5 * speculative.drafted.sum()
     assert speculative.rounds < 0.6 * (plain.sequences.shape[1] - prompts(batch)["input_ids"].shape[1])
     # In = out: every round gives one token and the drafts that were kept, up to where the row stopped.
     assert (speculative.accepted <= speculative.drafted).all()
@@ -658,10 +658,10 @@ def test_the_number_of_drafts_follows_from_their_past():
     assert free.choose([2, 1]) == 2  # no more than can be used
     assert free.choose([0]) == 0
     dear = Pace([1.0, 1.9, 2.8, 3.7], fewest=1)
-    assert dear.choose([3]) == 0  # 1.8 tokens for 1.9
+    assert dear.choose([3]) == 0  # 1.7 tokens for 1.9
     pace = Pace([1.0, 1.3, 1.6, 1.9], fewest=1)
-    # Before anything is known 0.8 of each are expected: 1.8 / 1.3 = 1.38, 2.44 / 1.6 = 1.53, 2.95 / 1.9 = 1.55.
-    assert pace.choose([9]) == 3
+    # Before anything is known 0.7 of each are expected: 1.7 / 1.3 = 1.31, 2.19 / 1.6 = 1.37, 2.53 / 1.9 = 1.33.
+    assert pace.choose([9]) == 2
     for _ in range(20):  # only the first is ever right
         pace.learn(3, 1)
         pace.forget()
@@ -681,7 +681,7 @@ def test_rates_are_conditional():
         pace.learn(3, kept)
     assert pace.tried == [4, 3, 1]
     assert pace.kept == [3, 1, 1]
-    first = (3 + 4 * 0.8) / 8
+    first = (3 + 4 * 0.7) / 8
     assert pace.rates()[:2] == pytest.approx([first, (1 + 4 * first) / 7])
 
 
@@ -694,7 +694,7 @@ def test_costs_of_a_round():
     costs = round_costs(model, list(model.model.layers[4:]), 1, 6)
     assert costs[0] == 1
     assert all(one < other for one, other in itertools.pairwise(costs))
-    assert 1.2 < costs[1] < 1.4  # one layer of four on top
+    assert 1.3 < costs[1] < 1.5  # one layer of four on top, and what goes with it
 
 
 def test_more_drafts_where_more_are_right(good_drafts):
