@@ -20,13 +20,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
-from transformers.distributed.utils import is_dtensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_deepseek import DeepseekConfig
 from .layers import DeepseekRMSNorm, dequantized_weight
 from .paged import PagedBatch
-from .parallel import summed_gradient
+from .parallel import is_split, summed_gradient
 from .rope import apply_rope, rope_magnitudes
 
 # Score matrices of the absorbed path are built for as many queries at a time as keep them under this many values
@@ -175,7 +174,7 @@ class DeepseekMLA(nn.Module):
         plain = type(self.kv_b_proj) is nn.Linear
         if plain and not self.kv_b_proj.weight.is_meta and not hasattr(self.kv_b_proj.weight, "ds_id"):  # DeepSpeed's
             weight = self.kv_b_proj.weight
-            if is_dtensor(weight):
+            if is_split(weight):
                 weight = weight.to_local()
         elif (dequantized := dequantized_weight(self.kv_b_proj, self.kv_a_layernorm.weight.dtype)) is not None:
             weight = dequantized
@@ -274,7 +273,7 @@ class DeepseekMLA(nn.Module):
     def _absorbed(self, q_nope, q_rope, c_kv, k_rope, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         kv_b_HEC = self.kv_b_weight()
         split = getattr(self.kv_b_proj, "weight", None)
-        if is_dtensor(split):
+        if is_split(split):
             c_kv = summed_gradient(c_kv, split.device_mesh)
         dropout = self.attention_dropout if self.training else 0.0
         if self.config._attn_implementation == "flex_attention":

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
-from transformers.distributed.utils import gather_full_state_dict, is_dtensor
+from transformers.distributed.utils import gather_full_state_dict
 
 from .configuration_deepseek import DeepseekConfig
 
@@ -128,6 +128,11 @@ def check_generation(model: PreTrainedModel, generation_config: GenerationConfig
             )
 
 
+def is_split(tensor: Any) -> bool:
+    """Whether it is a DTensor. Not asked by transformers' `is_dtensor`, whose cached helper torch.compile warns of."""
+    return hasattr(tensor, "to_local")
+
+
 def summed_gradient(x: torch.Tensor, mesh: Any) -> torch.Tensor:
     """`x`, equal on all ranks of the mesh, whose gradient is the sum over ranks: for what feeds each rank's own heads
     without passing through a split layer."""
@@ -140,12 +145,12 @@ def summed_gradient(x: torch.Tensor, mesh: Any) -> torch.Tensor:
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that is split over ranks, on each of them."""
-    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+    return tensor.full_tensor() if is_split(tensor) else tensor
 
 
 def is_spread(model: nn.Module) -> bool:
     """Whether no single rank holds the whole state of the model."""
-    return hasattr(model, "_pp_stage") or any(is_dtensor(parameter) for parameter in model.parameters())
+    return hasattr(model, "_pp_stage") or any(is_split(parameter) for parameter in model.parameters())
 
 
 def whole_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:

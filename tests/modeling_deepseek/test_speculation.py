@@ -295,15 +295,15 @@ def test_several_sequences_of_one_prompt():
 
 
 def test_the_generation_config_can_say_so(tmp_path):
-    model = tiny_model()
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
     model.generation_config.use_mtp = True
-    model.generation_config.num_assistant_tokens = 2
+    model.generation_config.num_assistant_tokens = 1
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    output = generate(loaded, tokens(1, PROMPT))
-    assert output.drafted.shape == (1, 2)
-    assert not hasattr(generate(loaded, tokens(1, PROMPT), use_mtp=False), "drafted")
-    assert isinstance(generate(loaded, tokens(1, PROMPT), return_dict_in_generate=False), torch.Tensor)
+    assert generate(loaded, **prompts(1)).drafted.shape == (1, 1)
+    assert generate(loaded, **prompts(1), num_assistant_tokens=2).drafted.shape == (1, 2)
+    assert not hasattr(generate(loaded, **prompts(1), use_mtp=False), "drafted")
+    assert isinstance(generate(loaded, **prompts(1), return_dict_in_generate=False), torch.Tensor)
 
 
 opened: list[str] | None = None
