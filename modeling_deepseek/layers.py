@@ -1,4 +1,4 @@
-"""RMSNorm, the gated MLP and the weight of a quantised layer, the parts that every other file uses.
+"""RMSNorm, the gated MLP, the rotary embedding and the weight of a quantised layer, the parts that others use.
 
 Legend: D hidden size, F intermediate size, ... any leading axes.
 """
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .configuration_deepseek import DeepseekConfig
+from .rope import rope_angles, rope_frequencies, rope_magnitudes
 
 
 class DeepseekRMSNorm(nn.Module):
@@ -43,6 +44,31 @@ class DeepseekMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DeepseekRotaryEmbedding(nn.Module):
+    """Turns positions into cos and sin, in float32 whatever the model's dtype."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: DeepseekConfig):
+        super().__init__()
+        self.config = config
+        self.magnitude = rope_magnitudes(config.rope)[0]
+        self.register_buffer("inv_freq", self.frequencies(), persistent=False)
+
+    def frequencies(self) -> torch.Tensor:
+        return rope_frequencies(self.config.rope, self.config.qk_rope_head_dim)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != torch.float32:  # `model.to(bfloat16)` must not round the angles
+            self.inv_freq = self.frequencies().to(self.inv_freq.device)
+        return self
+
+    @torch.no_grad()
+    def forward(self, position_ids_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rope_angles(position_ids_BS, self.inv_freq.float(), self.magnitude)
 
 
 def dequantized_weight(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor | None:

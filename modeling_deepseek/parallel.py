@@ -18,7 +18,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from transformers.distributed.parallel_utils import replace_layer_number_by_wild
 from transformers.distributed.utils import gather_full_state_dict
 
 from .configuration_deepseek import DeepseekConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def check_layout(config: DeepseekConfig, layout: DistributedConfig) -> None:
@@ -128,7 +131,7 @@ def check_generation(model: PreTrainedModel, generation_config: GenerationConfig
             )
 
 
-def is_split(tensor: Any) -> bool:
+def is_split(tensor: Any) -> TypeGuard["DTensor"]:
     """Whether it is a DTensor. Not asked by transformers' `is_dtensor`, whose cached helper torch.compile warns of."""
     return hasattr(tensor, "to_local")
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .modeling_deepseek import DeepseekForCausalLM, DeepseekModelOutput, DeepseekPreTrainedModel
+from .modeling_deepseek import DeepseekForCausalLM, DeepseekModelOutput
 from .moe import max_violation
+from .pretrained import DeepseekPreTrainedModel
 
 
 class DeepseekTrainerCallback(TrainerCallback):

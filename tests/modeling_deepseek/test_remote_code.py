@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import modeling_deepseek
-from modeling_deepseek.modeling_deepseek import TRAVELLING_FILES
+from modeling_deepseek.pretrained import TRAVELLING_FILES
 from tests.tiny import tiny_model, tokens
 
 PACKAGE = Path(modeling_deepseek.__file__).parent

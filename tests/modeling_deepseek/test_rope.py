@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling_deepseek.modeling_deepseek import DeepseekRotaryEmbedding
+from modeling_deepseek.layers import DeepseekRotaryEmbedding
 from modeling_deepseek.rope import apply_rope, rope_angles, rope_frequencies, rope_magnitudes, yarn_mscale
 from tests.tiny import tiny_config, tiny_model, tokens
 
