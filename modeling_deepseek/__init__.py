@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from .registration import register_auto_classes, unregister_auto_classes
 
 if TYPE_CHECKING:
-    from .adapters import target_modules
+    from .adapter_targets import target_modules
     from .configuration_deepseek import PRESETS, DeepseekV2Config, DeepseekV3Config
     from .conversion import CheckpointError
     from .counts import ParameterCount, count_parameters
@@ -58,7 +58,7 @@ _HOME = {
     "estimate_training": "estimate",
     "what_fits": "estimate",
     "max_violation": "moe",
-    "target_modules": "adapters",
+    "target_modules": "adapter_targets",
     "GenerationBatchError": "paged",
     "DeepseekTrainerCallback": "trainer_callback",
 }

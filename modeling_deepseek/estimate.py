@@ -109,7 +109,7 @@ PRECISIONS = {
 }
 # Bytes of both moments for each trainable parameter. bitsandbytes' 8-bit AdamW has a float32 scale for 256 values.
 OPTIMIZERS = {"adamw": 8.0, "adamw-bf16": 4.0, "adamw-8bit": 2 * (1 + 4 / 256), "sgd": 0.0}
-LORA_SETS = ("attention", "dense_mlp", "shared_experts", "routed_experts", "mtp")  # as in `adapters`
+LORA_SETS = ("attention", "dense_mlp", "shared_experts", "routed_experts", "mtp")  # as in `adapter_targets`
 
 
 def load_config(model: "str | os.PathLike[str] | DeepseekConfig") -> "DeepseekConfig":
@@ -657,7 +657,7 @@ def estimate_training(
         sharded: weights, gradients and optimizer are spread over the GPUs (FSDP, ZeRO-3), and two layers are whole at
             a time; otherwise each GPU has all of them.
         logits_workspace_mib: instead of the configuration's; the loss takes logits in pieces below it.
-        lora_rank: train adapters in float32 on `lora_sets` (those of `adapters`) only, over frozen weights in
+        lora_rank: train adapters in float32 on `lora_sets` (those of `adapter_targets`) only, over frozen weights in
             `base_dtype` ("nf4" is QLoRA). Activations are taken as in full training, an upper bound: a frozen matrix
             need not keep its input. Of the FLOPs, gradients of frozen weights are left out.
         mfu: share of the GPUs' dense bfloat16 peak that the model's FLOPs reach (attention counted causally), in FP8

@@ -68,6 +68,8 @@ TRAVELLING_FILES = (
     "packing.py",
     "mtp.py",
     "losses.py",
+    "adapted_experts.py",
+    "adapter_targets.py",
     "adapters.py",
     "conversion.py",
     "quantization.py",
@@ -371,6 +373,11 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         if not as_it_is:
             if state_dict is None:
                 state_dict = whole_state(self) if gathered else self.state_dict()
+            if any(".base_layer." in name for name in state_dict):
+                raise ValueError(
+                    "there are PEFT's layers in this model, and a checkpoint of it could not be loaded; save the "
+                    "PeftModel, which writes the adapter, or merge it first: `peft_model.merge_and_unload()`"
+                )
             state_dict = dict(hub_tensors(self.config, one_by_one(self, state_dict), fp8))
             kwargs["save_original_format"] = False
         try:

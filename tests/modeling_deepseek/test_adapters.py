@@ -10,19 +10,23 @@ import subprocess
 import sys
 
 import bitsandbytes as bnb
+import peft
 import pytest
 import torch
 import torch.distributed as dist
 from peft import (
     AutoPeftModelForCausalLM,
     IA3Config,
+    LoHaConfig,
     LoraConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     prepare_model_for_kbit_training,
 )
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import transformers_weight_conversion as conversion
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
@@ -31,7 +35,9 @@ from transformers.models.deepseek_v3 import DeepseekV3Config as TheirConfig
 from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as Theirs
 
 from modeling_deepseek import DeepseekTrainerCallback, target_modules
-from modeling_deepseek.adapters import low_rank_product, split_experts, stack_experts
+from modeling_deepseek.adapted_experts import low_rank_product
+from modeling_deepseek.adapters import _hook, split_experts, stack_experts
+from modeling_deepseek.pretrained import DeepseekPreTrainedModel
 from modeling_deepseek.moe import DeepseekExperts
 from tests.modeling_deepseek.test_training import sft_trainer
 from tests.tiny import tiny_model, tokens
@@ -146,27 +152,31 @@ def assert_close(actual, expected):
 
 
 @pytest.mark.parametrize("asked", ASKED)
-def test_exactly_what_was_asked_for_is_adapted_saved_loaded_and_merged(asked, tmp_path):
+def test_exactly_what_was_asked_for_is_adapted_saved_and_loaded(asked, tmp_path):
     targets, expected = ASKED[asked]
-    base = tiny_model()
-    plain, state = logits(base), {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    model = adapt(base, targets)
+    model = adapt(tiny_model(), targets)
     assert adapted(model) == expected
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {
         re.sub(r"^base_model\.model\.(.*)\.lora_[AB]\.default\.weight$", r"\1", name) for name in trainable
     } == expected
     assert len(trainable) == 2 * len(expected)
-
-    unmerged = logits(model)
-    moves = any(name not in SETS["mtp"] for name in expected)  # without labels the module is not run
-    assert ((unmerged - plain).abs().max() > 1e-3) == moves
     model.save_pretrained(tmp_path)
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == in_file(expected)
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
     assert adapted(loaded) == expected
-    assert torch.equal(logits(loaded), unmerged)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
 
+
+@pytest.mark.parametrize("targets", [*SETS, "all-linear"])
+def test_merged_is_unmerged_and_changes_no_other_weight(targets):
+    expected = SETS.get(targets, ALL)
+    base = tiny_model()
+    plain, state = logits(base), {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = adapt(base, targets)
+    unmerged = logits(model)
+    moves = targets != "mtp"  # without labels the module is not run
+    assert ((unmerged - plain).abs().max() > 1e-3) == moves
     merged = copy.deepcopy(model)
     merged.merge_adapter(safe_merge=True)
     assert_close(logits(merged), unmerged)
@@ -237,6 +247,19 @@ def test_sets_as_names_for_other_methods():
         assert len([name for name, _ in ia3.named_parameters() if "ia3_" in name]) == len(names)
 
 
+def test_another_method_s_long_list_is_saved_loaded_and_merged(tmp_path):
+    """PEFT makes endings of it here too, and must not take those for routed experts when it reads them again."""
+    config = LoHaConfig(r=2, target_modules=["attention", "dense_mlp", "shared_experts"], init_weights=False)
+    base = tiny_model()
+    plain = logits(base)
+    model = get_peft_model(base, config).eval()
+    assert not torch.equal(logits(model), plain)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), logits(model))
+    names = set(dict(tiny_model().named_modules()))
+    assert set(dict(model.merge_and_unload().named_modules())) == names
+
+
 def test_a_long_list_is_not_shortened_to_what_names_routed_experts_too(tmp_path):
     """PEFT makes of 20 names and more the endings that no other module has."""
     model = tiny_model(num_nextn_predict_layers=0)
@@ -267,6 +290,31 @@ def test_layers_patterns_and_exclusions_are_peft_s():
     assert_close(logits(copy.deepcopy(model).merge_and_unload()), logits(model))
 
 
+EXPERTS_OF_ALL = {name for name in ALL if ".mlp.experts." in name}
+EXCLUDED = {
+    "mtp": ("mtp", SETS["mtp"]),
+    "routed_experts": (["routed_experts"], SETS["routed_experts"]),
+    "sets and a name": (
+        ["routed_experts", "mtp", "up_proj"],
+        SETS["routed_experts"] | SETS["mtp"] | {name for name in ALL if name.endswith("up_proj")},
+    ),
+    "experts": (["experts"], EXPERTS_OF_ALL),
+    "expression": (r".*\.experts\..*", EXPERTS_OF_ALL),
+}
+
+
+@pytest.mark.parametrize("case", EXCLUDED)
+def test_what_is_excluded_has_no_adapter(case, tmp_path):
+    """By the sets' names too. PEFT warns where an exclusion excludes nothing, and warnings are errors here."""
+    excluded, left_out = EXCLUDED[case]
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear", exclude_modules=excluded))
+    assert adapted(model) == ALL - left_out
+    model.save_pretrained(tmp_path)
+    assert adapted(PeftModel.from_pretrained(tiny_model(), tmp_path)) == ALL - left_out
+    by_name = get_peft_model(tiny_model(), LoraConfig(target_modules=MLP, exclude_modules=excluded))
+    assert adapted(by_name) == MLPS - left_out
+
+
 REFUSED = {
     "router": (dict(target_modules=["q_proj", "gate"]), r"mlp.gate is a router.*modules_to_save=\['gate'\]"),
     "router by expression": (dict(target_modules=r".*mlp\.gate"), "is a router"),
@@ -282,6 +330,8 @@ REFUSED = {
     "initialisation": (dict(target_modules=MLP, init_lora_weights="pissa"), "init_lora_weights='pissa'"),
     "bias": (dict(target_modules=["kv_b_proj"], lora_bias=True), "absorbed attention knows no bias"),
     "parameters": (dict(target_parameters=["gate.weight"]), "none of the routed experts'"),
+    "nearly a set": (dict(target_modules=["o_proj", "Routed_expert"]), "no module and no set, meant 'routed_experts'"),
+    "copied layers": (dict(target_modules=["attention"], layer_replication=[[0, 2], [1, 3]]), "copies would take"),
 }
 
 
@@ -293,6 +343,34 @@ def test_what_cannot_be_adapted_is_refused_and_nothing_is_done(case):
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, LoraConfig(**fields))
     assert [name for name, _ in model.named_modules()] == before
+
+
+@pytest.mark.parametrize(
+    ("change", "lacks"),
+    [
+        (lambda patch: patch.delattr(conversion, "convert_peft_config_for_transformers"), "_for_transformers"),
+        (lambda patch: patch.setitem(sys.modules, conversion.__name__, None), "_for_transformers"),
+        (lambda patch: patch.setattr(LoraLayer, "update_layer", lambda self, r, name: None), "update_layer"),
+        (lambda patch: patch.setattr(LoraModel, "_get_adapter_state_dict", None), "_get_adapter_state_dict"),
+    ],
+)
+def test_a_peft_that_lacks_what_is_needed_is_refused_on_our_models_only(change, lacks, monkeypatch):
+    monkeypatch.setattr(BaseTuner, "inject_adapter", BaseTuner.inject_adapter)  # to be put back
+    change(monkeypatch)
+    _hook(DeepseekPreTrainedModel)
+    with pytest.raises(ImportError, match=rf"for PEFT 0\.21, and PEFT {peft.__version__} .*{lacks}.*peft==0\.21\.\*"):
+        get_peft_model(tiny_model(), LoraConfig(target_modules=["attention"]))
+    with pytest.raises(AttributeError):  # PEFT's own, for a tuner that is none
+        BaseTuner.inject_adapter(None, nn.Linear(2, 2), "default")
+
+
+def test_a_peft_that_converts_targets_by_itself_is_refused(monkeypatch):
+    def converts(config, model, *_, **__):
+        config.target_modules, config.target_parameters = set(), {"experts.down_proj"}
+
+    monkeypatch.setattr(conversion, "convert_peft_config_for_transformers", converts)
+    with pytest.raises(ImportError, match="rules of its own"):
+        get_peft_model(tiny_model(), LoraConfig(target_modules=MLP))
 
 
 def test_sets_that_are_not_there_are_refused():
@@ -509,6 +587,15 @@ def test_several_adapters():
     assert not [name for name, _ in model.named_parameters() if ".second." in name]
 
 
+def test_a_model_with_adapters_in_it_is_not_saved_as_a_checkpoint(tmp_path):
+    """It would have names that nothing loads."""
+    model = adapt(tiny_model(), ["o_proj"])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"merge_and_unload\(\)"):
+        model.get_base_model().save_pretrained(tmp_path)
+    model.unload().save_pretrained(tmp_path)
+
+
 def test_adapters_are_added_with_weights():
     model = adapt(tiny_model(), ["routed_experts"])
     first = logits(model)
@@ -517,8 +604,10 @@ def test_adapters_are_added_with_weights():
     model.add_weighted_adapter(["default"], [1.0], "same", combination_type="linear")
     model.set_adapter("same")
     torch.testing.assert_close(logits(model), first, rtol=0, atol=1e-4)
-    with pytest.raises(NotImplementedError, match="use 'linear'"):
-        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "product", combination_type="svd")
+    for way in ("cat", "svd", "ties"):
+        with pytest.raises(ValueError, match="stacks of experts; use one of"):
+            model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type=way)
+    assert "both" not in model.peft_config
 
 
 def test_a_batch_of_several_adapters_is_refused_for_experts_and_not_wrong_for_attention():
@@ -667,11 +756,10 @@ def test_bfloat16_models_train_adapters_in_float32_and_under_autocast():
     assert all(value.grad.dtype == torch.float32 for name, value in exact.named_parameters() if "lora_" in name)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["routed_experts", "mtp"]])
-def test_trl_trains_saves_and_resumes(targets, tmp_path):
+def test_trl_trains_saves_and_resumes(tmp_path):
     """With dropout: a resumed training ends where one that was not interrupted does, also for MTP modules, which only
     their own loss reaches."""
-    config = LoraConfig(r=4, target_modules=targets, lora_dropout=0.1, task_type="CAUSAL_LM")
+    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1, task_type="CAUSAL_LM")
     arguments = dict(max_steps=4, save_strategy="steps", save_steps=2, learning_rate=1e-2)
     ends = []
     for name, checkpoint in (("whole", None), ("resumed", tmp_path / "whole" / "checkpoint-2")):
@@ -680,9 +768,8 @@ def test_trl_trains_saves_and_resumes(targets, tmp_path):
         trainer = sft_trainer(model, tmp_path / name, [callback], copy.deepcopy(config), **arguments)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         ends.append({name: value for name, value in trainer.model.named_parameters() if "lora_" in name})
-    expected = ALL if targets == "all-linear" else SETS["routed_experts"] | SETS["mtp"]
-    assert adapted(model) == expected
-    assert len(ends[0]) == 2 * len(expected)
+    assert adapted(model) == ALL
+    assert len(ends[0]) == 2 * len(ALL)
     for name, value in ends[0].items():
         assert "lora_A" in name or value.any(), f"{name} has not moved"
         torch.testing.assert_close(ends[1][name], value, rtol=0, atol=1e-6)
@@ -702,8 +789,7 @@ from peft.tuners.lora import LoraLayer
 adapted = get_peft_model(model, LoraConfig(target_modules=["dense_mlp", "up_proj"], lora_dropout=0.1))
 print(json.dumps([name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)]))
 with torch.no_grad():
-    base = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-    loaded = PeftModel.from_pretrained(base, sys.argv[2])
+    loaded = PeftModel.from_pretrained(adapted.unload(), sys.argv[2])
     torch.save(loaded(torch.load(sys.argv[3])).logits, sys.argv[3])
 """
 
@@ -753,7 +839,7 @@ def quantised(folder, name: str, **kwargs):
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_qlora_trains_saves_and_comes_back(name, wide, tmp_path):
     base = prepare_model_for_kbit_training(quantised(wide, name), use_gradient_checkpointing=False)
     config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.05, task_type="CAUSAL_LM")
@@ -823,6 +909,14 @@ def test_merging_into_quantised_experts_is_their_sum_quantised(name, wide):
                     )
                     expected = bnb.functional.dequantize_4bit(packed, state)
                 torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+
+
+def test_dequantised_below_an_adapter_and_merged(wide):
+    model = adapt(quantised(wide, "nf4"), ["routed_experts"])
+    expected = logits(model)
+    model.get_base_model().dequantize()
+    assert_close(logits(model), expected)
+    assert_close(logits(model.merge_and_unload()), expected)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from modeling_deepseek import DeepseekV2Config, DeepseekV3Config, DeepseekV3ForCausalLM, quantization
-from modeling_deepseek.adapters import SETS
+from modeling_deepseek.adapter_targets import SETS
 from modeling_deepseek.counts import training_flops, weight_bytes
 from modeling_deepseek.estimate import (
     EXPERT_WORKSPACE_BYTES,
