@@ -37,8 +37,8 @@ from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as Theirs
 from modeling_deepseek import DeepseekTrainerCallback, target_modules
 from modeling_deepseek.adapted_experts import low_rank_product
 from modeling_deepseek.adapters import _hook, split_experts, stack_experts
-from modeling_deepseek.pretrained import DeepseekPreTrainedModel
 from modeling_deepseek.moe import DeepseekExperts
+from modeling_deepseek.pretrained import DeepseekPreTrainedModel
 from tests.modeling_deepseek.test_training import sft_trainer
 from tests.tiny import tiny_model, tokens
 
