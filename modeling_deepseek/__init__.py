@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .configuration_deepseek import PRESETS, DeepseekV2Config, DeepseekV3Config
     from .conversion import CheckpointError
     from .counts import ParameterCount, count_parameters
-    from .estimate import ServingEstimate, TrainingEstimate, estimate_serving, estimate_training, what_fits
+    from .inference_cost import ServingEstimate, estimate_serving, what_fits
     from .modeling_deepseek import (
         DeepseekV2ForCausalLM,
         DeepseekV2ForSequenceClassification,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .moe import max_violation
     from .paged import GenerationBatchError
     from .trainer_callback import DeepseekTrainerCallback
+    from .training_cost import TrainingEstimate, estimate_training
 
 _HOME = {
     "PRESETS": "configuration_deepseek",
@@ -52,11 +53,11 @@ _HOME = {
     "CheckpointError": "conversion",
     "ParameterCount": "counts",
     "count_parameters": "counts",
-    "ServingEstimate": "estimate",
-    "TrainingEstimate": "estimate",
-    "estimate_serving": "estimate",
-    "estimate_training": "estimate",
-    "what_fits": "estimate",
+    "ServingEstimate": "inference_cost",
+    "TrainingEstimate": "training_cost",
+    "estimate_serving": "inference_cost",
+    "estimate_training": "training_cost",
+    "what_fits": "inference_cost",
     "max_violation": "moe",
     "target_modules": "adapter_targets",
     "GenerationBatchError": "paged",

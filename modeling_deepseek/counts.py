@@ -1,5 +1,6 @@
-"""What follows from a configuration exactly: parameters, FLOPs, bytes of weights and of the cache. `estimate` puts
-hardware, time and money to it. Beside the model, not part of it: nothing here travels with a checkpoint.
+"""What follows from a configuration exactly: parameters, FLOPs, bytes of weights and of the cache. `inference_cost` and
+`training_cost` put hardware, time and money to it. Beside the model, not part of it: nothing here travels with a
+checkpoint.
 
 Everything rests on `weights`, the list of every tensor of the model by its shape, which the tests compare with the
 tensors of the model itself.
@@ -10,7 +11,9 @@ E routed experts, K experts per token, F expert width, S tokens attended to.
 Neither torch nor transformers is imported: a configuration brings them, if it is one of transformers'.
 """
 
-from collections.abc import Iterator
+import difflib
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -320,3 +323,48 @@ def tensor_bytes(weight: Weight, dtype: str) -> int:
     if dtype == "nf4":
         return matrices * (ceil(rows * columns / 2) + 4 * scales)
     return matrices * (ceil(rows * columns / 2) + scales + 4 * ceil(scales / NF4_NESTED_BLOCK) + 4)
+
+
+# What is asked about: a model by its name, and numbers that make sense for it
+
+
+def load_config(model: "str | os.PathLike[str] | DeepseekConfig") -> "DeepseekConfig":
+    """The configuration itself, a preset's, or that of a folder or Hub id with a `config.json`.
+
+    Raises:
+        ValueError: for a name that is none of these, with the nearest preset, or a model of another type.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return model
+    from .configuration_deepseek import PRESETS, DeepseekV2Config, DeepseekV3Config
+
+    name = os.fspath(model)
+    if name in PRESETS:
+        config_class = DeepseekV2Config if PRESETS[name]["model_type"] == "deepseek_v2" else DeepseekV3Config
+        return config_class.from_preset(name)
+    if not os.path.exists(name) and name.count("/") != 1:
+        raise ValueError(unknown("model", name, list(PRESETS)) + ", or a folder or Hub id with a config.json")
+    fields, _ = DeepseekV3Config.get_config_dict(name)
+    model_type = fields.get("model_type")
+    if model_type not in ("deepseek_v2", "deepseek_v3", "kimi_k2"):
+        raise ValueError(f"{name} is a {model_type!r}; this package knows deepseek_v2, deepseek_v3 and kimi_k2")
+    return (DeepseekV2Config if model_type == "deepseek_v2" else DeepseekV3Config).from_dict(fields)
+
+
+def unknown(what: str, name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name.lower(), names, n=1)
+    return f"unknown {what} {name!r}{f', did you mean {near[0]!r}' if near else ''}; one of {', '.join(names)}"
+
+
+def at_least_one(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}")
+
+
+def within_context(config: "DeepseekConfig", context_tokens: int) -> None:
+    if context_tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"`context_tokens` {context_tokens:,} is beyond the model's `max_position_embeddings` "
+            f"{config.max_position_embeddings:,}"
+        )

@@ -1,5 +1,6 @@
 """Counts against the model itself: its tensors, torch's FLOP counter, its cache, its saved files."""
 
+import json
 import re
 from collections import Counter
 
@@ -17,6 +18,7 @@ from modeling_deepseek.counts import (
     count_parameters,
     forward_flops,
     linear_flops,
+    load_config,
     training_flops,
     weight_bytes,
     weights,
@@ -299,3 +301,22 @@ def test_unknown_dtypes_are_refused():
         weight_bytes(tiny_config(), "int3")
     with pytest.raises(ValueError, match="unknown cache dtype 'nf4'; one of fp32, bf16"):
         cache_bytes_per_token(tiny_config(), "nf4")
+
+
+# What is asked about
+
+
+def test_configurations_are_found(tmp_path):
+    config = tiny_config("v2")
+    config.save_pretrained(tmp_path)
+    found = load_config(tmp_path)
+    assert isinstance(found, DeepseekV2Config)
+    assert found.hidden_size == 64
+    assert load_config(config) is config
+    kimi = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "kimi_k2", "topk_method": "noaux_tc"}
+    (tmp_path / "config.json").write_text(json.dumps(kimi))
+    assert isinstance(load_config(tmp_path), DeepseekV3Config)
+    assert isinstance(load_config(tmp_path / "config.json"), DeepseekV3Config)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="is a 'llama'; this package knows deepseek_v2"):
+        load_config(tmp_path)
