@@ -13,9 +13,9 @@ Neither torch nor transformers is imported: a configuration brings them, if it i
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, inf, prod
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -153,14 +153,14 @@ class ParameterCount:
         return sum(getattr(self, part) for part in PARTS)
 
 
-def count_parameters(config: "DeepseekConfig") -> ParameterCount:
-    """Parameters of the model, exactly those of the real one.
+def count_parameters(model: "str | os.PathLike[str] | DeepseekConfig") -> ParameterCount:
+    """Parameters of the model, exactly those of the real one. See `load_config` for what may be passed.
 
-    >>> from modeling_deepseek import DeepseekV3Config
-    >>> count = count_parameters(DeepseekV3Config.from_preset("deepseek-v3"))
+    >>> count = count_parameters("deepseek-v3")
     >>> print(f"{count.main / 1e9:.1f}B and {count.mtp / 1e9:.1f}B of MTP, {count.active / 1e9:.1f}B active")
     671.0B and 11.6B of MTP, 36.6B active
     """
+    config = load_config(model)
     parts = dict.fromkeys(PARTS, 0)
     active = {False: 0, True: 0}
     for weight in weights(config):
@@ -203,9 +203,13 @@ def attention_flops(config: "DeepseekConfig", path: str, *, pairs: float, cached
     "expanded": 2 H (N + R + V) for a pair, and 2 C H (N + V) for each cached token, whose key and value are built anew
     in every call. "absorbed": 2 H (2 C + R) for a pair, nothing for a cached token. What `kv_b_proj` costs for the
     new tokens themselves is the same on both paths, and counted with the projections.
+
+    Raises:
+        ValueError: for another path.
     """
     heads, rank, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
     nope, value = config.qk_nope_head_dim, config.v_head_dim
+    one_of("path", path, ("expanded", "absorbed"))
     if path == "absorbed":
         return 2 * heads * (2 * rank + rope) * pairs
     return 2 * heads * (nope + rope + value) * pairs + 2 * rank * heads * (nope + value) * cached_tokens
@@ -218,7 +222,12 @@ def forward_flops(
 
     Causal: a token attends to those before it and itself. `path` is "expanded", "absorbed" or, as for `mla_path`,
     "auto": the cheaper one for these shapes. Logits are made of the last token only unless `all_logits`.
+
+    Raises:
+        ValueError: for another path, and unless 1 <= `new_tokens` <= `context_tokens`.
     """
+    if not 1 <= new_tokens <= context_tokens:
+        raise ValueError(f"`new_tokens` must lie in [1, `context_tokens` {context_tokens:,}], got {new_tokens:,}")
     cached = context_tokens - new_tokens
     pairs = new_tokens * cached + new_tokens * (new_tokens + 1) / 2
     rectangle = new_tokens * context_tokens  # what a kernel without a causal shortcut does, and what "auto" goes by
@@ -267,14 +276,9 @@ def cache_bytes_per_token(config: "DeepseekConfig", dtype: str = "bf16", *, mtp:
     Raises:
         ValueError: for a dtype that is not among `CACHE_DTYPES`.
     """
+    one_of("cache dtype", dtype, CACHE_DTYPES)
     layers = config.num_hidden_layers + config.num_nextn_predict_layers * mtp
-    return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * _one_of("cache dtype", dtype, CACHE_DTYPES)
-
-
-def _one_of(what: str, name: str, names: tuple[str, ...]) -> int:
-    if name not in names:
-        raise ValueError(f"unknown {what} {name!r}; one of {', '.join(names)}")
-    return VALUE_BYTES.get(name, 2)
+    return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * VALUE_BYTES[dtype]
 
 
 def correction_bias_values(config: "DeepseekConfig", *, mtp: bool = True) -> int:
@@ -299,7 +303,7 @@ def weight_bytes(config: "DeepseekConfig", dtype: str = "bf16", *, mtp: bool = T
     Raises:
         ValueError: for a dtype that is not among `WEIGHT_DTYPES`.
     """
-    _one_of("weight dtype", dtype, WEIGHT_DTYPES)
+    one_of("weight dtype", dtype, WEIGHT_DTYPES)
     tensors = [weight for weight in weights(config) if mtp or not weight.mtp]
     biases = 4 * correction_bias_values(config, mtp=mtp)
     return biases + sum(weight.layers * tensor_bytes(weight, dtype) for weight in tensors)
@@ -329,37 +333,54 @@ def tensor_bytes(weight: Weight, dtype: str) -> int:
 
 
 def load_config(model: "str | os.PathLike[str] | DeepseekConfig") -> "DeepseekConfig":
-    """The configuration itself, a preset's, or that of a folder or Hub id with a `config.json`.
+    """The configuration itself (transformers' own of these types as ours), a preset's, or that of a folder or Hub id
+    with a `config.json`.
 
     Raises:
         ValueError: for a name that is none of these, with the nearest preset, or a model of another type.
     """
-    if not isinstance(model, (str, os.PathLike)):
-        return model
-    from .configuration_deepseek import PRESETS, DeepseekV2Config, DeepseekV3Config
+    from .configuration_deepseek import PRESETS, DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 
-    name = os.fspath(model)
-    if name in PRESETS:
-        config_class = DeepseekV2Config if PRESETS[name]["model_type"] == "deepseek_v2" else DeepseekV3Config
-        return config_class.from_preset(name)
-    if not os.path.exists(name) and name.count("/") != 1:
-        raise ValueError(unknown("model", name, list(PRESETS)) + ", or a folder or Hub id with a config.json")
-    fields, _ = DeepseekV3Config.get_config_dict(name)
+    if isinstance(model, DeepseekConfig):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        name = os.fspath(model)
+        if name in PRESETS:
+            config_class = DeepseekV2Config if PRESETS[name]["model_type"] == "deepseek_v2" else DeepseekV3Config
+            return config_class.from_preset(name)
+        if not os.path.exists(name) and name.count("/") != 1:
+            raise ValueError(unknown("model", name, list(PRESETS)) + ", or a folder or Hub id with a config.json")
+        fields, _ = DeepseekV3Config.get_config_dict(name)
+    else:
+        name = type(model).__name__
+        fields = model.to_dict() if hasattr(model, "to_dict") else {}
+        fields.pop("dtype", None)
     model_type = fields.get("model_type")
     if model_type not in ("deepseek_v2", "deepseek_v3", "kimi_k2"):
         raise ValueError(f"{name} is a {model_type!r}; this package knows deepseek_v2, deepseek_v3 and kimi_k2")
     return (DeepseekV2Config if model_type == "deepseek_v2" else DeepseekV3Config).from_dict(fields)
 
 
-def unknown(what: str, name: str, names: Sequence[str]) -> str:
+def unknown(what: str, name: str, names: Collection[str]) -> str:
     near = difflib.get_close_matches(name.lower(), names, n=1)
     return f"unknown {what} {name!r}{f', did you mean {near[0]!r}' if near else ''}; one of {', '.join(names)}"
+
+
+def one_of(what: str, name: str, names: Collection[str]) -> None:
+    if name not in names:
+        raise ValueError(unknown(what, name, names))
 
 
 def at_least_one(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
+
+
+def above_zero(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not 0 < value < inf:  # NaN included
+            raise ValueError(f"`{name}` must be a positive number, got {value}")
 
 
 def within_context(config: "DeepseekConfig", context_tokens: int) -> None:

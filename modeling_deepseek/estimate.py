@@ -47,6 +47,10 @@ if TYPE_CHECKING:
     from .configuration_deepseek import DeepseekConfig
 
 
+DEFAULT_CONTEXT = 4096
+FP8_NOTE = "fp8 is what serving engines hold; this package loads FP8 checkpoints as bf16, int8 or nf4"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m modeling_deepseek.estimate`; returns the exit status."""
     arguments = _parser().parse_args(argv)
@@ -71,17 +75,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     json_option = argparse.ArgumentParser(add_help=False)
     json_option.add_argument("--json", action="store_true", help="the numbers as JSON, in the units of their names")
+    context = f"4096, 32K, ... (default: {DEFAULT_CONTEXT}, or the model's limit where that is less)"
     model = argparse.ArgumentParser(add_help=False, parents=[json_option])
     model.add_argument("model", help="a preset (deepseek-v3, ...), or a folder or Hub id with a config.json")
     hardware = argparse.ArgumentParser(add_help=False)
     hardware.add_argument("--gpu", default="h100", metavar="NAME", type=_gpu_name, help=f"one of {', '.join(GPUS)}")
     hardware.add_argument("--gpus", type=int, default=1, metavar="N")
     hardware.add_argument("--dollars", type=float, metavar="PRICE", help="of one GPU for one hour")
-    hardware.add_argument("--context", type=_count, default=4096, metavar="TOKENS", help="4096, 32K, ...")
+    hardware.add_argument("--context", type=_context, metavar="TOKENS", help=context)
     hardware.add_argument("--batch", type=int, default=1, metavar="SEQUENCES", help="at once (training: on each GPU)")
 
     count = commands.add_parser("count", parents=[model], help="parameters, FLOPs, bytes: what is exact")
-    count.add_argument("--context", type=_count, default=4096, metavar="TOKENS")
+    count.add_argument("--context", type=_context, metavar="TOKENS", help=context)
     count.set_defaults(command=_print_count)
 
     serve = commands.add_parser("serve", parents=[model, hardware], help="memory and bounds of speed of serving")
@@ -90,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--split", choices=("layers", "tensor"), default="layers", help="of the model over the GPUs")
     serve.add_argument("--mtp", action="store_true", help="with the MTP modules, to draft")
     at_once = f"tokens of prompts that pass at once (default: {PREFILL_TOKENS})"
-    serve.add_argument("--prefill-tokens", type=_count, default=PREFILL_TOKENS, metavar="N", help=at_once)
+    serve.add_argument("--prefill-tokens", type=_context, default=PREFILL_TOKENS, metavar="N", help=at_once)
     serve.set_defaults(command=_print_serve)
 
     train = commands.add_parser("train", parents=[model, hardware], help="memory of a step, hours and dollars of a run")
@@ -98,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     speed = train.add_mutually_exclusive_group()
     speed.add_argument("--mfu", type=float, help="share of the dense bfloat16 peak, 0 to 1")
     speed.add_argument("--tokens-per-second", type=_count, help="measured, all GPUs together")
-    train.add_argument("--precision", choices=PRECISIONS, default="mixed")
+    train.add_argument("--precision", choices=PRECISIONS, help="of full training (default: mixed)")
     train.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     train.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     train.add_argument("--logits-mib", type=int, metavar="MIB", help="of logits at a time (default: the model's, 512)")
@@ -106,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--not-sharded", action="store_true", help="each GPU holds all (DDP)")
     train.add_argument("--no-mtp", action="store_true", help="without the MTP modules")
     train.add_argument("--lora-rank", type=int, metavar="R", help="adapters over frozen weights")
-    train.add_argument("--lora-sets", nargs="+", choices=LORA_SETS, default=["attention"])
-    train.add_argument("--base-dtype", choices=WEIGHT_DTYPES, default="bf16", help="of the frozen weights")
+    train.add_argument("--lora-sets", nargs="+", choices=LORA_SETS, help="where (default: attention)")
+    train.add_argument("--base-dtype", choices=WEIGHT_DTYPES, help="of the frozen weights (default: bf16)")
     train.set_defaults(command=_print_train)
 
     fits = commands.add_parser("fits", parents=[json_option], help="table: what fits into which memory")
@@ -115,9 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     fits.add_argument("--dtypes", nargs="+", choices=WEIGHT_DTYPES, default=list(FITS_DTYPES))
     question = fits.add_mutually_exclusive_group()
     question.add_argument("--batch", type=int, default=1, metavar="SEQUENCES", help="the longest context of so many")
-    question.add_argument("--context", type=_count, metavar="TOKENS", help="the most sequences of this context")
+    question.add_argument("--context", type=_context, metavar="TOKENS", help="the most sequences of this context")
     fits.add_argument("--cache-dtype", choices=CACHE_DTYPES, default="bf16")
-    fits.add_argument("--prefill-tokens", type=_count, default=PREFILL_TOKENS, metavar="N", help=at_once)
+    fits.add_argument("--prefill-tokens", type=_context, default=PREFILL_TOKENS, metavar="N", help=at_once)
     fits.set_defaults(command=_print_fits)
 
     gpus = commands.add_parser("gpus", parents=[json_option], help="the cards that are known, and by which source")
@@ -133,17 +138,38 @@ def _gpu_name(name: str) -> str:
     return name.lower()
 
 
-def _count(text: str) -> int:
-    """ "14.8T" is 14.8e12. K is 1,024, as contexts are written.
+def _context(text: str) -> int:
+    """K is 1,024, as contexts are written.
 
-    >>> _count("32K"), _count("20B"), _count("4096")
-    (32768, 20000000000, 4096)
+    >>> _context("32K"), _context("4096")
+    (32768, 4096)
     """
-    scale = {"K": 1024, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:].upper())
+    return _scaled(text, {"K": 1024, "M": 1024**2}, "a number of tokens: write 4096 or 32K")
+
+
+def _count(text: str) -> int:
+    """K is 1,000.
+
+    >>> _count("500K"), _count("14.8T")
+    (500000, 14800000000000)
+    """
+    return _scaled(text, {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}, "a count: write 4096, 500K, 20B or 14.8T")
+
+
+def _scaled(text: str, scales: dict[str, int], what: str) -> int:
+    scale = scales.get(text[-1:].upper())
     try:
         return round(float(text[:-1] if scale else text) * (scale or 1))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a count: write 4096, 32K, 20B or 14.8T") from None
+    except (ValueError, OverflowError):  # "many", and "inf"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+
+
+def _model(arguments: argparse.Namespace) -> "DeepseekConfig":
+    """The configuration; settles the context that was not given."""
+    config = load_config(arguments.model)
+    if arguments.context is None:
+        arguments.context = min(DEFAULT_CONTEXT, config.max_position_embeddings)
+    return config
 
 
 def _print_json(value: Any) -> None:
@@ -160,20 +186,28 @@ def _print_rows(rows: Sequence[tuple[str, ...]]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB"
+def _size(size: float) -> str:
+    """In the unit that leaves the fewest digits.
+
+    >>> _size(671.03e9), _size(24.2e6), _size(0)
+    ('671.0 GB', '24.2 MB', '0 bytes')
+    """
+    for unit, name in ((10**9, "GB"), (10**6, "MB")):
+        if size >= 0.05 * unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size:,.0f} bytes"
 
 
 def _billions(number: float) -> str:
     return f"{number / 1e9:,.2f}B" if number >= 1e7 else f"{number:,.0f}"
 
 
-def _gflops(flops: float) -> str:
-    return f"{flops / 1e9:,.1f} GFLOPs"
+def _flops(flops: float) -> str:
+    return f"{flops / 1e9:,.1f} GFLOPs" if flops >= 0.05e9 else f"{flops / 1e6:,.2f} MFLOPs"
 
 
 def _print_count(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.model)
+    config = _model(arguments)
     at_least_one(context_tokens=arguments.context)
     within_context(config, arguments.context)
     count, context = count_parameters(config), arguments.context
@@ -197,19 +231,19 @@ def _print_count(arguments: argparse.Namespace) -> None:
     if count.mtp:
         rows += [("MTP modules, besides", _billions(count.mtp)), ("  active per token", _billions(count.active_mtp))]
     rows += [("",), (f"FLOPs per token, at a context of {context:,}",)]
-    mtp = f" (without MTP {_gflops(flops['training_flops_per_token_without_mtp'])})" if count.mtp else ""
-    rows += [(f"  training, forward and backward{mtp}", _gflops(flops["training_flops_per_token"]))]
-    rows += [("  prefill, mean of the prompt", _gflops(flops["prefill_flops_per_token"]))]
-    rows += [("  decode, absorbed", _gflops(flops["decode_absorbed_flops_per_token"]))]
-    rows += [("  decode, expanded", _gflops(flops["decode_expanded_flops_per_token"]))]
+    mtp = f" (without MTP {_flops(flops['training_flops_per_token_without_mtp'])})" if count.mtp else ""
+    rows += [(f"  training, forward and backward{mtp}", _flops(flops["training_flops_per_token"]))]
+    rows += [("  prefill, mean of the prompt", _flops(flops["prefill_flops_per_token"]))]
+    rows += [("  decode, absorbed", _flops(flops["decode_absorbed_flops_per_token"]))]
+    rows += [("  decode, expanded", _flops(flops["decode_expanded_flops_per_token"]))]
     rows += [("",), ("cache, bytes per token",)] + [(f"  {dtype}", f"{size:,}") for dtype, size in cache.items()]
     rows += [("",), ("weights" + " with MTP" * bool(count.mtp),)]
-    rows += [(f"  {dtype}", _gb(size)) for dtype, size in sizes.items()]
+    rows += [(f"  {dtype}", _size(size)) for dtype, size in sizes.items()]
     _print_rows(rows)
 
 
 def _print_serve(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.model)
+    config = _model(arguments)
     options: dict[str, Any] = {
         "gpu": arguments.gpu, "gpus": arguments.gpus, "context_tokens": arguments.context,
         "batch_size": arguments.batch, "weights_dtype": arguments.dtype, "cache_dtype": arguments.cache_dtype,
@@ -226,10 +260,10 @@ def _print_serve(arguments: argparse.Namespace) -> None:
     columns = ("all", "fullest GPU") if several else ("",)
 
     def memory(text: str, together: int, fullest: int | None = None) -> tuple[str, ...]:
-        return (text, _gb(together), _gb(together if fullest is None else fullest))[: 1 + len(columns)]
+        return (text, _size(together), _size(together if fullest is None else fullest))[: 1 + len(columns)]
 
     def per_gpu(text: str, size: int) -> tuple[str, ...]:
-        return (text, "", _gb(size)) if several else (text, _gb(size))
+        return (text, "", _size(size)) if several else (text, _size(size))
 
     rows: list[tuple[str, ...]] = [
         (f"{arguments.model} on {where}: {arguments.batch} x {arguments.context:,} tokens",),
@@ -241,8 +275,11 @@ def _print_serve(arguments: argparse.Namespace) -> None:
         per_gpu("  sum", estimate.memory.bytes_per_gpu),
         per_gpu("  of", estimate.gpu_memory_bytes),
     ]
+    way_out = "" if estimate.fits else _way_out(config, arguments)
     if not estimate.fits:
-        rows.append((f"does not fit{_way_out(config, arguments)}",))
+        rows.append((f"does not fit{way_out}",))
+    if arguments.dtype == "fp8" or "fp8" in way_out:
+        rows.append((FP8_NOTE,))
     rows.append((f"longest context that fits: {estimate.longest_context_tokens:,} tokens",))
     _print_rows(rows)
     if not estimate.fits:
@@ -269,13 +306,14 @@ def _way_out(config: "DeepseekConfig", arguments: argparse.Namespace) -> str:
         return serving_memory(config, arguments.context, **options).bytes_per_gpu <= memory
 
     ways = [f"--dtype {dtype}" for dtype in ("fp8", "int8", "nf4", "nf4-dq") if fits(weights_dtype=dtype)][:1]
-    more = [2**n for n in range(1, 8) if 2**n > arguments.gpus and fits(gpus=2**n)]
+    whole_heads = [2**n for n in range(1, 8) if arguments.split == "layers" or config.num_attention_heads % 2**n == 0]
+    more = [gpus for gpus in whole_heads if gpus > arguments.gpus and fits(gpus=gpus)]
     ways += [f"--gpus {count}" for count in more[:1]]
     return f"; it would with {' or with '.join(ways)}" if ways else ""
 
 
 def _print_train(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.model)
+    config = _model(arguments)
     options: dict[str, Any] = {
         "gpu": arguments.gpu, "gpus": arguments.gpus, "context_tokens": arguments.context,
         "batch_size": arguments.batch, "precision": arguments.precision, "optimizer": arguments.optimizer,
@@ -290,33 +328,34 @@ def _print_train(arguments: argparse.Namespace) -> None:
         _print_json({"model": arguments.model, **options, **dataclasses.asdict(estimate)})
         return
     where = f"{arguments.gpus} x {arguments.gpu}" if arguments.gpus > 1 else arguments.gpu
-    kind = f"adapters of rank {arguments.lora_rank} over {arguments.base_dtype}" if arguments.lora_rank else "full"
+    kind = f"adapters of rank {arguments.lora_rank} over {arguments.base_dtype or 'bf16'}"
+    kind = kind if arguments.lora_rank else f"full, {arguments.precision or 'mixed'}"
     rows: list[tuple[str, ...]] = [
         (f"{arguments.model} on {where}: {kind}, {arguments.batch} x {arguments.context:,} tokens on each GPU",),
         (f"trains {_billions(estimate.memory.trainable_parameters)} of {_billions(estimate.parameters)} parameters",),
         ("memory on each GPU",),
-        ("  weights", _gb(estimate.memory.weights_bytes)),
-        ("  gradients", _gb(estimate.memory.gradients_bytes)),
-        (f"  optimizer, {arguments.optimizer}", _gb(estimate.memory.optimizer_bytes)),
-        ("  activations that wait for the backward pass", _gb(estimate.memory.activations_bytes)),
-        ("  a layer computed again", _gb(estimate.memory.recomputed_bytes)),
-        ("  logits of the loss", _gb(estimate.memory.logits_bytes)),
-        ("  layers gathered, weights dequantised", _gb(estimate.memory.gathered_bytes)),
-        ("  allowance for process and allocator (our choice)", _gb(estimate.memory.allowance_bytes)),
-        ("  peak (not all of these at once)", _gb(estimate.memory.peak_bytes)),
-        ("  of", f"{_gb(estimate.gpu_memory_bytes)}"),
+        ("  weights", _size(estimate.memory.weights_bytes)),
+        ("  gradients", _size(estimate.memory.gradients_bytes)),
+        (f"  optimizer, {arguments.optimizer}", _size(estimate.memory.optimizer_bytes)),
+        ("  activations that wait for the backward pass", _size(estimate.memory.activations_bytes)),
+        ("  a layer computed again", _size(estimate.memory.recomputed_bytes)),
+        ("  logits of the loss", _size(estimate.memory.logits_bytes)),
+        ("  whole for a time: layers, buckets, dequantised weights", _size(estimate.memory.gathered_bytes)),
+        ("  allowance for process and allocator (our choice)", _size(estimate.memory.allowance_bytes)),
+        ("  peak (not all of these at once)", _size(estimate.memory.peak_bytes)),
+        ("  of", _size(estimate.gpu_memory_bytes)),
     ]
     if not estimate.fits:
         rows.append(("does not fit",))
     if estimate.tokens_per_second is not None and estimate.mfu is not None:
-        rows += [("time",), ("  FLOPs per token", _gflops(estimate.flops_per_token))]
+        rows += [("time",), ("  FLOPs per token", _flops(estimate.flops_per_token))]
         rows += [("  tokens per second, all GPUs", f"{estimate.tokens_per_second:,.0f}")]
         rows += [("  MFU, of the dense bfloat16 peak", f"{estimate.mfu:.1%}")]
     if estimate.hours is not None and estimate.gpu_hours is not None:
         rows += [("  hours", f"{estimate.hours:,.1f}"), ("  GPU hours", f"{estimate.gpu_hours:,.0f}")]
     if estimate.dollars is not None:
         rows += [("  dollars", f"${estimate.dollars:,.0f}")]
-    _print_rows([row for row in rows if len(row) == 1 or row[1] != "0.0 GB"])
+    _print_rows([row for row in rows if len(row) == 1 or row[1] != "0 bytes"])
 
 
 def _print_fits(arguments: argparse.Namespace) -> None:
@@ -340,10 +379,12 @@ def _print_fits(arguments: argparse.Namespace) -> None:
         sequences = "one sequence" if arguments.batch == 1 else f"each of {arguments.batch} sequences"
         print(f"Longest context of {sequences} that fits, in tokens (K = 1,024)")
     print("(-: not even the weights). Cache " + arguments.cache_dtype + ", no MTP modules, prompts in pieces of")
-    print(f"{arguments.prefill_tokens:,} tokens. Kept free on each card, our choice: {_gb(PROCESS_BYTES)} and", end=" ")
+    print(
+        f"{arguments.prefill_tokens:,} tokens. Kept free on each card, our choice: {_size(PROCESS_BYTES)} and", end=" "
+    )
     print(f"{FRAGMENTATION:.0%} of the tensors.")
     if "fp8" in arguments.dtypes:
-        print("fp8 is what serving engines hold; this package loads FP8 checkpoints as bf16, int8 or nf4.")
+        print(FP8_NOTE)
     memory = [f"{gpus}x{gigabytes} GB" if gpus > 1 else f"{gigabytes} GB" for gpus, gigabytes in FITS_MEMORY]
     rows: list[tuple[str, ...]] = [("model", "limit", "weights", "GB", *memory)]
     for start in range(0, len(table), len(FITS_MEMORY)):

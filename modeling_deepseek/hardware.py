@@ -4,7 +4,7 @@ put configurations on them.
 
 from dataclasses import dataclass
 
-from .counts import unknown
+from .counts import one_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,5 @@ def find_gpu(gpu: str | Gpu) -> Gpu:
     """
     if isinstance(gpu, Gpu):
         return gpu
-    if gpu.lower() not in GPUS:
-        raise ValueError(unknown("GPU", gpu, list(GPUS)))
+    one_of("GPU", gpu.lower(), GPUS)
     return GPUS[gpu.lower()]

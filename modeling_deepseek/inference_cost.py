@@ -10,6 +10,7 @@ Legend: D hidden size, H heads, N = qk_nope_head_dim, R = qk_rope_head_dim, V = 
 E routed experts, K experts per token, F expert width.
 """
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from .counts import (
     VALUE_BYTES,
+    Weight,
+    above_zero,
     at_least_one,
     cache_bytes_per_token,
     count_parameters,
     forward_flops,
     load_config,
+    one_of,
     tensor_bytes,
     weight_bytes,
     weights,
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 EXPERT_WORKSPACE_BYTES = 2**28
 # Tokens of prompts that pass at once, as servers and `generate(prefill_chunk_size=...)` do it.
 PREFILL_TOKENS = 2048
+SPLITS = ("layers", "tensor")
 
 
 def prefill_workspace_bytes(
@@ -124,32 +129,61 @@ def serving_memory(
     compute = weights_dtype if weights_dtype in ("fp32", "fp16") else "bf16"
     weights_bytes = weight_bytes(config, weights_dtype, mtp=mtp)
     cache_bytes = batch_size * context_tokens * cache_bytes_per_token(config, cache_dtype, mtp=mtp)
-    all_tokens = batch_size * context_tokens
-    pieces = min(prefill_tokens, all_tokens)  # the last one has all others before it
-    workspace = dequantized_bytes(config, weights_dtype) + max(
-        prefill_workspace_bytes(config, pieces, all_tokens - pieces, batch_size=batch_size, dtype=compute),
-        decode_workspace_bytes(config, context_tokens, batch_size, dtype=compute),
+    one_layers_cache = (
+        batch_size * context_tokens * cache_bytes_per_token(config, cache_dtype) // config.num_hidden_layers
     )
-    workspace += cache_bytes // config.num_hidden_layers  # a dynamic cache grows by a copy of one layer's at a time
-    weights_per_gpu, cache_per_gpu = weights_bytes // gpus, cache_bytes
-    if split == "layers":
-        cache_per_gpu = cache_bytes // gpus
-        if gpus > 1:  # layers, embedding and head are dealt out whole: the fullest has up to one above its share
-            table = config.vocab_size * config.hidden_size * VALUE_BYTES[compute]
-            weights_per_gpu += max(layer_bytes(config, weights_dtype), table)
-            cache_per_gpu += cache_bytes // config.num_hidden_layers
+    weights_per_gpu, cache_per_gpu, running = weights_bytes // gpus, cache_bytes, config
+    if split == "tensor":
+        check_tensor_split(config, gpus)
+        weights_per_gpu = weights_bytes - sum(
+            weight.layers * tensor_bytes(weight, weights_dtype) // gpus * (gpus - 1)
+            for weight in weights(config)
+            if is_cut(weight) and (mtp or not weight.mtp)
+        )
+        running = copy.copy(config)  # heads and widths that one GPU works on
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size"):
+            setattr(running, name, -(-getattr(config, name) // gpus))
+    elif gpus > 1:  # layers, embedding and head are dealt out whole: the fullest has up to one above its share
+        table = config.vocab_size * config.hidden_size * VALUE_BYTES[compute]
+        weights_per_gpu += max(layer_bytes(config, weights_dtype), table)
+        cache_per_gpu = cache_bytes // gpus + one_layers_cache
+    all_tokens = batch_size * context_tokens
+    piece = min(prefill_tokens, all_tokens)
+    # The first piece builds the keys and values of all heads at once, the last one has all others before it.
+    workspace = dequantized_bytes(config, weights_dtype) + max(
+        prefill_workspace_bytes(running, piece, batch_size=batch_size, dtype=compute),
+        prefill_workspace_bytes(running, piece, all_tokens - piece, batch_size=batch_size, dtype=compute),
+        decode_workspace_bytes(running, context_tokens, batch_size, dtype=compute),
+    )
+    workspace += one_layers_cache  # a dynamic cache grows by a copy of one layer's at a time
     allowance = PROCESS_BYTES + int(FRAGMENTATION * (weights_per_gpu + cache_per_gpu + workspace))
     return ServingMemory(weights_bytes, cache_bytes, weights_per_gpu, cache_per_gpu, workspace, allowance)
 
 
+def check_tensor_split(config: "DeepseekConfig", gpus: int) -> None:
+    """Raises `ValueError` where heads cannot be dealt out evenly, as loading such a model would."""
+    if config.num_attention_heads % gpus:
+        raise ValueError(
+            f"`gpus` ({gpus}) must divide the {config.num_attention_heads} heads where `split` is 'tensor': take a "
+            "divisor, or 'layers'"
+        )
+
+
+def is_cut(weight: Weight) -> bool:
+    """Whether tensor parallelism gives each GPU a part of it, as `base_model_tp_plan` says. What comes before the heads
+    is whole everywhere, and so are embedding, gates and norms."""
+    whole = weight.name.startswith(("self_attn.q_a_proj", "self_attn.kv_a_proj")) or weight.part in ("gate", "norms")
+    return weight.matrix and not whole
+
+
 def layer_bytes(config: "DeepseekConfig", dtype: str) -> int:
     """Bytes of the largest decoder layer."""
-    last = config.num_hidden_layers - 1
-    moe = any(config.is_moe_layer(index) for index in range(last + 1))
-    routed = ("gate", "routed_experts", "shared_experts")
-    skipped = {"embedding", "head", "mtp", "dense_mlp"} if moe else {"embedding", "head", "mtp", *routed}
-    some = [weight for weight in weights(config) if not weight.mtp and weight.part not in skipped]
-    return sum(tensor_bytes(weight, dtype) for weight in some if weight.name != "norm.weight")
+    parts: dict[str, int] = {}
+    for weight in weights(config):
+        if not weight.mtp and weight.name != "norm.weight":
+            parts[weight.part] = parts.get(weight.part, 0) + tensor_bytes(weight, dtype)
+    routed = sum(parts.get(part, 0) for part in ("gate", "routed_experts", "shared_experts"))
+    return parts["attention"] + parts["norms"] + max(routed, parts.get("dense_mlp", 0))
 
 
 def longest_context(
@@ -226,13 +260,15 @@ def estimate_serving(
 
     Args:
         split: how several GPUs share the model. "layers" (`device_map`, pipeline stages): each has whole layers and
-            their cache, and they work one after the other. "tensor": each has a part of every matrix and works at the
-            same time; the latents cannot be split by heads, so each has the whole cache.
+            their cache, and they work one after the other. "tensor": each has a part of every matrix behind the heads
+            and of every MLP, and works at the same time; the latents cannot be split by heads, so each has the whole
+            cache.
         mtp: with the MTP modules, their weights and cache, for drafting. Speeds are those of plain decoding.
         prefill_tokens: tokens of all prompts together that pass at once; longer ones go in pieces.
 
     Raises:
-        ValueError: for unknown names, and a context beyond `max_position_embeddings`.
+        ValueError: for unknown names, numbers out of range, a context beyond `max_position_embeddings`, and heads that
+            cannot be split over so many GPUs.
 
     >>> estimate = estimate_serving("deepseek-v2-lite", gpu="rtx-4090", weights_dtype="nf4", context_tokens=32768)
     >>> estimate.fits, f"{estimate.memory.weights_bytes / 1e9:.1f} + {estimate.memory.cache_bytes / 1e9:.1f} GB"
@@ -241,8 +277,8 @@ def estimate_serving(
     config, card = load_config(model), find_gpu(gpu)
     at_least_one(gpus=gpus, context_tokens=context_tokens, batch_size=batch_size, prefill_tokens=prefill_tokens)
     within_context(config, context_tokens)
-    if split not in ("layers", "tensor"):
-        raise ValueError(f"`split` must be 'layers' or 'tensor', got {split!r}")
+    one_of("split", split, SPLITS)
+    above_zero(dollars_per_gpu_hour=dollars_per_gpu_hour)
     options: dict[str, Any] = {
         "batch_size": batch_size, "weights_dtype": weights_dtype, "cache_dtype": cache_dtype, "gpus": gpus,
         "split": split, "mtp": mtp, "prefill_tokens": prefill_tokens,
@@ -256,7 +292,7 @@ def estimate_serving(
         peak = card.fp8_flops_per_second
     prefill_flops = forward_flops(config, context_tokens, context_tokens, "expanded") / context_tokens
     decode_flops = forward_flops(config, 1, context_tokens)
-    read = decode_bytes_read(config, batch_size, weights_dtype) / at_work + memory.cache_bytes
+    read = decode_bytes_read(config, batch_size, weights_dtype, cut_by=at_work) + memory.cache_bytes
     # Reading and computing overlap at best.
     step_seconds = max(read / card.bandwidth_bytes_per_second, batch_size * decode_flops / (peak * at_work))
     rates = {"prefill": peak * at_work / prefill_flops, "decode": batch_size / step_seconds}
@@ -280,9 +316,10 @@ def estimate_serving(
     )
 
 
-def decode_bytes_read(config: "DeepseekConfig", batch_size: int, dtype: str) -> float:
+def decode_bytes_read(config: "DeepseekConfig", batch_size: int, dtype: str, *, cut_by: int = 1) -> float:
     """Bytes of weights that a step of one token for each sequence reads: all but the embedding, and of the routed
-    experts those that some token meets. Under even routing B tokens meet E (1 - (1 - K / E)^B) of E.
+    experts those that some token meets. Under even routing B tokens meet E (1 - (1 - K / E)^B) of E. Each of `cut_by`
+    GPUs that share every matrix reads its part.
 
     >>> from modeling_deepseek import DeepseekV3Config
     >>> config = DeepseekV3Config.from_preset("deepseek-v3")
@@ -298,7 +335,7 @@ def decode_bytes_read(config: "DeepseekConfig", batch_size: int, dtype: str) -> 
             assert config.num_experts_per_tok is not None
             assert config.n_routed_experts is not None
             share = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch_size
-        total += share * weight.layers * tensor_bytes(weight, dtype)
+        total += share * weight.layers * tensor_bytes(weight, dtype) / (cut_by if is_cut(weight) else 1)
     return total
 
 

@@ -18,11 +18,12 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from .counts import (
+    above_zero,
     at_least_one,
     count_parameters,
     load_config,
+    one_of,
     training_flops,
-    unknown,
     weight_bytes,
     weights,
     within_context,
@@ -44,7 +45,8 @@ class Precision:
     activations: int
 
 
-# "mixed" is torch's autocast as well (float32 weights and their cached bfloat16 casts); "fp8" is V3 3.3.
+# "mixed": bfloat16 weights that are copies of float32 ones, as in FSDP, ZeRO and Megatron. Under `torch.autocast` over
+# float32 weights the stream between the layers is float32 as well: "fp32" bounds it. "fp8" is V3 3.3.
 PRECISIONS = {
     "fp32": Precision(4, 0, 4, 4),
     "bf16": Precision(2, 0, 2, 2),
@@ -56,38 +58,76 @@ OPTIMIZERS = {"adamw": 8.0, "adamw-bf16": 4.0, "adamw-8bit": 2 * (1 + 4 / 256), 
 LORA_SETS = ("attention", "dense_mlp", "shared_experts", "routed_experts", "mtp")  # as in `adapters`
 
 
+@dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters on every linear layer of these `LORA_SETS`, float32 as PEFT makes them, all else frozen."""
+
+    rank: int
+    sets: tuple[str, ...]
+
+
+def _kept_input(
+    part: str, width: int, readers: int, adapters: Adapters | None, *, mtp: bool = False, dtype_bytes: int = 2
+) -> int:
+    """What `readers` matrices of a part keep of the `width` values that they all multiply, for one token: one copy for
+    the gradients of their weights. Frozen they need none; with adapters each casts its own to float32, and keeps the
+    product of its first factor."""
+    if adapters is None:
+        return width * dtype_bytes
+    if ("mtp" if mtp else part) not in adapters.sets:
+        return 0
+    return (readers if dtype_bytes < 4 else 1) * width * 4 + readers * adapters.rank * 4
+
+
 def saved_bytes_per_token(
-    config: "DeepseekConfig", *, moe: bool, dtype_bytes: int = 2, fused_norms: bool = True
+    config: "DeepseekConfig",
+    *,
+    moe: bool,
+    dtype_bytes: int = 2,
+    fused_norms: bool = True,
+    adapters: Adapters | None = None,
+    mtp: bool = False,
 ) -> int:
     """What autograd keeps of one decoder layer for one token, with sdpa and grouped experts.
 
-    `fused_norms`: on CUDA a norm keeps its input; on CPU, where torch composes it, two float32 copies.
+    `fused_norms`: on CUDA a norm keeps its input; on CPU, where torch composes it, that in float32, and for the
+    gradient of its weight what it multiplies too.
     """
     hidden, heads, value = config.hidden_size, config.num_attention_heads, dtype_bytes
-    rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+    rank, rope, value_dim = config.kv_lora_rank, config.qk_rope_head_dim, config.v_head_dim
     query_dim = config.qk_nope_head_dim + rope
-    value_dim = max(query_dim, config.v_head_dim)  # sdpa's flash kernels: padded to the width of the keys
+    padded_dim = max(query_dim, value_dim)  # sdpa's flash kernels: values as wide as the keys
 
     def norm(size: int, stored: int) -> int:
         if fused_norms:
             return stored * value + 4
-        return 4 + 4 * size + (4 * stored if value == 4 else 4 * size)
+        return 4 + (4 * stored if value == 4 else 4 * size) + (4 * size if adapters is None else 0)
 
-    saved = norm(hidden, hidden) + hidden * value  # the residual stream; what the projections multiply
+    def kept(part: str, width: int, readers: int) -> int:
+        return _kept_input(part, width, readers, adapters, mtp=mtp, dtype_bytes=value)
+
+    saved = norm(hidden, hidden) + kept("attention", hidden, 2)  # the residual stream; what the projections multiply
     if config.q_lora_rank is not None:
-        saved += norm(config.q_lora_rank, config.q_lora_rank) + config.q_lora_rank * value
-    saved += norm(rank, rank + rope) + rank * value
-    # query, key, padded value, output, its log-sum-exp in float32; the output without the padding for o_proj
-    saved += heads * (2 * (query_dim + value_dim) * value + 4 + config.v_head_dim * value)
-    saved += norm(hidden, hidden) + hidden * value
+        saved += norm(config.q_lora_rank, config.q_lora_rank) + kept("attention", config.q_lora_rank, 1)
+    saved += norm(rank, rank + rope) + kept("attention", rank, 1)
+    # Query, key, padded value, output, its log-sum-exp in float32; the output without the padding for o_proj.
+    saved += heads * (2 * (query_dim + padded_dim) * value + 4) + kept("attention", heads * value_dim, 1)
+    saved += norm(hidden, hidden)
     if not moe:
-        return saved + 4 * config.intermediate_size * value
+        width = config.intermediate_size
+        return saved + kept("dense_mlp", hidden, 2) + 3 * width * value + kept("dense_mlp", width, 1)
     assert config.n_routed_experts is not None
     assert config.num_experts_per_tok is not None
     experts, top_k, width = config.n_routed_experts, config.num_experts_per_tok, config.moe_intermediate_size
-    saved += 4 * width * (config.n_shared_experts or 0) * value
-    saved += top_k * (2 * hidden + 4 * width) * value
-    if value < 4 and config.router_logits_dtype == "float32":
+    if adapters is None or config.n_shared_experts:  # read by the gate too, whose weight no adapter trains
+        saved += kept("shared_experts", hidden, 2)
+    shared = width * (config.n_shared_experts or 0)
+    if shared:
+        saved += 3 * shared * value + kept("shared_experts", shared, 1)
+    # Of each expert's row the input, what the router's weight multiplies, and the products between.
+    saved += top_k * (kept("routed_experts", hidden, 2) + (hidden + 3 * width) * value)
+    saved += top_k * kept("routed_experts", width, 1)
+    if adapters is None and value < 4 and config.router_logits_dtype == "float32":
         saved += 4 * hidden
     # Routing: affinities, sorted indices and weights of the choices, groups.
     saved += 4 * experts + 40 * top_k + 4
@@ -108,22 +148,28 @@ def activation_bytes(
     mtp: bool = True,
     dtype_bytes: int = 2,
     fused_norms: bool = True,
+    adapters: Adapters | None = None,
 ) -> tuple[int, int]:
     """What autograd keeps of `tokens` tokens between forward and backward, the loss left out; and what one layer adds
-    to it in the backward pass, when `checkpointing`, which keeps the layers' inputs only, computes it again."""
+    to it in the backward pass, when `checkpointing`, which keeps the layers' inputs only, computes it again. With
+    `adapters` an upper bound: layers below the first adapter keep nothing at all."""
     main = config.num_hidden_layers
     modules = config.num_nextn_predict_layers if mtp else 0
     layers = [
-        saved_bytes_per_token(config, moe=config.is_moe_layer(index), dtype_bytes=dtype_bytes, fused_norms=fused_norms)
+        saved_bytes_per_token(
+            config, moe=config.is_moe_layer(index), dtype_bytes=dtype_bytes, fused_norms=fused_norms,
+            adapters=adapters, mtp=index >= main,
+        )
         for index in range(main + modules)
-    ]
+    ]  # fmt: skip
     state = config.hidden_size * dtype_bytes
-    norm = state + 4 if fused_norms else 8 * config.hidden_size + 4
+    norm = state + 4 if fused_norms else (8 if adapters is None else 4) * config.hidden_size + 4
     for module in range(main, main + modules):
         # enorm, hnorm, what eh_proj multiplies, the norm before the head. What hnorm reads is what the head before it
         # multiplies, except as a float32 copy.
         shared = state if fused_norms or dtype_bytes == 4 else 0
-        layers[module] += 3 * norm + 2 * state - shared
+        joined = _kept_input("mtp", 2 * config.hidden_size, 1, adapters, mtp=True, dtype_bytes=dtype_bytes)
+        layers[module] += 3 * norm + joined - shared
     heads = norm + (1 + modules) * state  # the last norm, and what each head multiplies
     if checkpointing:
         # The input of a layer; of a module the embeddings ahead, beside what the head before it reads. The balance
@@ -148,25 +194,33 @@ def loss_bytes(
 
 def lora_parameters(config: "DeepseekConfig", rank: int, sets: Sequence[str] = ("attention",)) -> int:
     """Parameters of low-rank adapters on every linear layer of these sets: rank x (in + out) for each, each expert
-    having its own for gate, up and down. "mtp" is all of the MTP modules, which the other sets leave out."""
-    for name in sets:
-        if name not in LORA_SETS:
-            raise ValueError(unknown("set to adapt", name, LORA_SETS))
+    having its own for gate, up and down. "mtp" is all of the MTP modules, which the other sets leave out.
+
+    Raises:
+        ValueError: for an unknown set, and one that the model has nothing of.
+    """
     total = 0
-    for weight in weights(config):
-        if ("mtp" if weight.mtp else weight.part) in sets and weight.matrix and weight.part != "gate":
-            *experts, rows, columns = weight.shape
-            fused = 2 if weight.name.endswith("gate_up_proj") else 1
-            total += weight.layers * prod(experts) * rank * (rows + fused * columns)
+    for name in dict.fromkeys(sets):
+        one_of("set to adapt", name, LORA_SETS)
+        adapted = 0
+        for weight in weights(config):
+            if ("mtp" if weight.mtp else weight.part) == name and weight.matrix and weight.part != "gate":
+                *experts, rows, columns = weight.shape
+                fused = 2 if weight.name.endswith("gate_up_proj") else 1
+                adapted += weight.layers * prod(experts) * rank * (rows + fused * columns)
+        if not adapted:
+            raise ValueError(f"this model has nothing of the set {name!r} to adapt; leave it out")
+        total += adapted
     return total
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """A training step on one GPU. `gathered_bytes` are layers whole for a time: sharded ones, and what a product
-    dequantises. `peak_bytes` is these, weights, optimizer, the allowance and the larger of two moments: the start of
-    the backward pass (activations, logits or a layer computed again, the gradient of the head), and its end and the
-    step (all gradients); where gradients accumulate they stand beside all activations.
+    """A training step on one GPU. `gathered_bytes` stand beside the shares for a time: weights and gradients that are
+    whole while a layer runs, or the buckets in which DDP sends the gradients; and what a product dequantises.
+    `peak_bytes` is weights, optimizer, the allowance and the largest of three moments: the start of the backward pass
+    (activations, logits or a layer computed again, the gradient of the head), its end, and the step (all gradients);
+    where gradients accumulate they stand beside all activations.
     """
 
     trainable_parameters: int
@@ -193,42 +247,54 @@ def training_memory(
     accumulates: bool = False,
     sharded: bool = True,
     mtp: bool = True,
-    lora_rank: int | None = None,
-    lora_sets: Sequence[str] = ("attention",),
+    adapters: Adapters | None = None,
     base_dtype: str = "bf16",
     fused: bool = True,
 ) -> TrainingMemory:
     """Memory of a training step on each GPU. See `estimate_training` for the arguments."""
-    count, held = count_parameters(config), PRECISIONS[precision]
-    if lora_rank is None:
+    table, held = config.vocab_size * config.hidden_size, PRECISIONS[precision]
+    tables = table if config.tie_word_embeddings else 2 * table
+    if adapters is None:
+        count = count_parameters(config)
         trainable = count.total if mtp else count.main
-        weights_bytes, gradient_bytes = trainable * (held.weights + held.master), held.gradients
-        head_gradient = config.vocab_size * config.hidden_size * gradient_bytes
-        whole_layer = layer_bytes(config, "bf16") * held.weights // 2
+        weights_bytes, gradient_bytes, value = (
+            trainable * (held.weights + held.master),
+            held.gradients,
+            held.activations,
+        )
+        head_gradient, layer = table * gradient_bytes, layer_bytes(config, "bf16") // 2
+        whole_weights = (2 * layer + tables) * held.weights
+        whole_gradients = max(layer * gradient_bytes + head_gradient, tables * gradient_bytes)
     else:
-        trainable = lora_parameters(config, lora_rank, lora_sets)
+        trainable = lora_parameters(config, adapters.rank, adapters.sets)
         weights_bytes, gradient_bytes = weight_bytes(config, base_dtype, mtp=mtp) + 4 * trainable, 4
-        head_gradient, whole_layer = 0, layer_bytes(config, base_dtype)
+        value, head_gradient, whole_gradients = (4 if base_dtype == "fp32" else 2), 0, 0
+        whole_weights = 2 * layer_bytes(config, base_dtype) + tables * value
     gradients_bytes, optimizer_bytes = trainable * gradient_bytes, round(trainable * OPTIMIZERS[optimizer])
 
-    tokens, value = context_tokens * batch_size, held.activations
+    tokens = context_tokens * batch_size
     activations, recomputed = activation_bytes(
-        config, tokens, checkpointing=checkpointing, mtp=mtp, dtype_bytes=value, fused_norms=fused
+        config, tokens, checkpointing=checkpointing, mtp=mtp, dtype_bytes=value, fused_norms=fused, adapters=adapters
     )
     logits = loss_bytes(config, tokens, mtp=mtp, dtype_bytes=value, head_gradient_bytes=head_gradient)
     # An optimizer that loops over the parameters has two float32 temporaries, of one of them at a time.
-    step = 0 if fused or lora_rank is not None else 8 * max(prod(weight.shape) for weight in weights(config))
-    gathered = dequantized_bytes(config, base_dtype) if lora_rank is not None else 0
-    if sharded and gpus > 1:
+    step = 0 if fused or adapters is not None else 8 * max(prod(weight.shape) for weight in weights(config))
+    gathered = dequantized_bytes(config, base_dtype) if adapters is not None else 0
+    if gpus > 1 and sharded:
+        # Each layer is a unit, and the next one is fetched ahead; embedding and head, in the unit around, stay whole
+        # throughout the pass.
         weights_bytes, gradients_bytes = weights_bytes // gpus, gradients_bytes // gpus
-        optimizer_bytes, head_gradient = optimizer_bytes // gpus, head_gradient // gpus
-        gathered += 2 * whole_layer
+        optimizer_bytes, step = optimizer_bytes // gpus, step // gpus
+        gathered += whole_weights + whole_gradients
+        head_gradient = 0  # among the whole ones
+    elif gpus > 1:
+        gathered += gradients_bytes
     start = activations + max(logits, recomputed)  # of the backward pass: one after the other
     if accumulates:
-        moment = gradients_bytes + max(start, step)
+        backward = gradients_bytes + start
     else:
-        moment = max(start + head_gradient, gradients_bytes + max(recomputed, step))
-    tensors = weights_bytes + optimizer_bytes + gathered + moment
+        backward = max(start + head_gradient, gradients_bytes + recomputed)
+    tensors = weights_bytes + optimizer_bytes + max(gathered + backward, gradients_bytes + step)
     allowance = PROCESS_BYTES + int(FRAGMENTATION * tensors)
     return TrainingMemory(
         trainable_parameters=trainable,
@@ -268,7 +334,7 @@ def estimate_training(
     gpus: int = 1,
     context_tokens: int = 4096,
     batch_size: int = 1,
-    precision: str = "mixed",
+    precision: str | None = None,
     optimizer: str = "adamw",
     checkpointing: bool = True,
     logits_workspace_mib: int | None = None,
@@ -276,8 +342,8 @@ def estimate_training(
     sharded: bool = True,
     mtp: bool = True,
     lora_rank: int | None = None,
-    lora_sets: Sequence[str] = ("attention",),
-    base_dtype: str = "bf16",
+    lora_sets: Sequence[str] | None = None,
+    base_dtype: str | None = None,
     tokens: float | None = None,
     mfu: float | None = None,
     tokens_per_second: float | None = None,
@@ -288,20 +354,23 @@ def estimate_training(
 
     Args:
         context_tokens, batch_size: of one forward pass on one GPU.
-        sharded: weights, gradients and optimizer are spread over the GPUs (FSDP, ZeRO-3), and two layers are whole at
-            a time; otherwise each GPU has all of them.
+        precision: one of `PRECISIONS`, "mixed" by default, of full training.
+        sharded: weights, gradients and optimizer are spread over the GPUs (FSDP, ZeRO-3), and some layers are whole at
+            a time; otherwise each GPU has all of them (DDP).
         logits_workspace_mib: instead of the configuration's; the loss takes logits in pieces below it.
-        lora_rank: train adapters in float32 on `lora_sets` (those of `adapters`) only, over frozen weights in
-            `base_dtype` ("nf4" is QLoRA). Activations are taken as in full training, an upper bound: a frozen matrix
-            need not keep its input. Of the FLOPs, gradients of frozen weights are left out.
+        lora_rank: train adapters in float32 on `lora_sets` (those of `adapters`, by default "attention") only, over
+            frozen weights in `base_dtype` (by default "bf16"; "nf4" is QLoRA). Activations are those without
+            `torch.autocast`, which would cast the adapters' float32 inputs down again. Of the FLOPs, gradients of
+            frozen weights are left out.
         mfu: share of the GPUs' dense bfloat16 peak that the model's FLOPs reach (attention counted causally), in FP8
             too, as DeepSeek states it. No default: it depends on everything.
         tokens_per_second: measured, of all GPUs together, instead of `mfu`.
         fused: norms and optimizer run as single kernels, as they can on CUDA; on CPU they do not, and need more.
 
     Raises:
-        ValueError: for unknown names, a context beyond `max_position_embeddings`, and `tokens` without exactly one of
-            `mfu` and `tokens_per_second`.
+        ValueError: for unknown names, numbers out of range, a context beyond `max_position_embeddings`, `tokens`
+            without exactly one of `mfu` and `tokens_per_second`, a price without `tokens`, and arguments of adapters
+            in full training or the reverse.
 
     V3's pre-training, by the MFU that a later paper gives for it (arXiv 2505.09343, table 4), where V3's own table 1
     has 2,664K hours:
@@ -318,19 +387,33 @@ def estimate_training(
         config.logits_workspace_mib = logits_workspace_mib
     at_least_one(gpus=gpus, context_tokens=context_tokens, batch_size=batch_size)
     within_context(config, context_tokens)
-    for what, name, names in (("precision", precision, PRECISIONS), ("optimizer", optimizer, OPTIMIZERS)):
-        if name not in names:
-            raise ValueError(unknown(what, name, list(names)))
-    if lora_rank is not None:
+    one_of("optimizer", optimizer, OPTIMIZERS)
+    adapters = None
+    if lora_rank is None:
+        precision = "mixed" if precision is None else precision
+        one_of("precision", precision, PRECISIONS)
+        if lora_sets is not None or base_dtype is not None:
+            raise ValueError("`lora_sets` and `base_dtype` are of adapters: pass `lora_rank` too, or leave them out")
+    else:
         at_least_one(lora_rank=lora_rank)
+        if precision is not None:
+            raise ValueError(
+                "`precision` is of full training: with `lora_rank`, `base_dtype` says how weights are held"
+            )
+        adapters = Adapters(lora_rank, tuple(lora_sets or ("attention",)))
+        if "mtp" in adapters.sets and not mtp:
+            raise ValueError("`lora_sets` name 'mtp', but `mtp=False` leaves the MTP modules out")
     memory = training_memory(
-        config, context_tokens, batch_size=batch_size, gpus=gpus, precision=precision, optimizer=optimizer,
-        checkpointing=checkpointing, accumulates=accumulates, sharded=sharded, mtp=mtp, lora_rank=lora_rank,
-        lora_sets=lora_sets, base_dtype=base_dtype, fused=fused,
+        config, context_tokens, batch_size=batch_size, gpus=gpus, precision=precision or "mixed", optimizer=optimizer,
+        checkpointing=checkpointing, accumulates=accumulates, sharded=sharded, mtp=mtp, adapters=adapters,
+        base_dtype=base_dtype or "bf16", fused=fused,
     )  # fmt: skip
     count = count_parameters(config)
-    flops = training_flops(config, context_tokens, mtp=mtp, frozen=lora_rank is not None)
+    flops = training_flops(config, context_tokens, mtp=mtp, frozen=adapters is not None)
     peak = gpus * card.bf16_flops_per_second
+    above_zero(tokens=tokens, tokens_per_second=tokens_per_second, dollars_per_gpu_hour=dollars_per_gpu_hour)
+    if dollars_per_gpu_hour is not None and tokens is None:
+        raise ValueError("a price for a GPU's hour needs the `tokens` of the run to become dollars")
     if mfu is not None and tokens_per_second is not None:
         raise ValueError("`mfu` and `tokens_per_second` both say how fast it is: pass one of them")
     if tokens is not None and mfu is None and tokens_per_second is None:

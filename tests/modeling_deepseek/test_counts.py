@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, StaticCache
@@ -297,7 +298,7 @@ def test_quantised_bytes_are_those_that_bitsandbytes_holds(tmp_path, family, dty
 
 
 def test_unknown_dtypes_are_refused():
-    with pytest.raises(ValueError, match="unknown weight dtype 'int3'; one of fp32, bf16"):
+    with pytest.raises(ValueError, match="unknown weight dtype 'int3', did you mean 'int8'; one of fp32, bf16"):
         weight_bytes(tiny_config(), "int3")
     with pytest.raises(ValueError, match="unknown cache dtype 'nf4'; one of fp32, bf16"):
         cache_bytes_per_token(tiny_config(), "nf4")
@@ -320,3 +321,19 @@ def test_configurations_are_found(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="is a 'llama'; this package knows deepseek_v2"):
         load_config(tmp_path)
+
+
+def test_transformers_own_configurations_are_read():
+    theirs = transformers.DeepseekV3Config(num_nextn_predict_layers=1, n_routed_experts=64)
+    ours = DeepseekV3Config(num_nextn_predict_layers=1, n_routed_experts=64)
+    assert count_parameters(theirs) == count_parameters(ours)
+    with pytest.raises(ValueError, match="LlamaConfig is a 'llama'; this package knows"):
+        count_parameters(transformers.LlamaConfig())
+
+
+def test_flops_of_impossible_shapes_are_refused():
+    for new, context in ((0, 8), (9, 8)):
+        with pytest.raises(ValueError, match=rf"`new_tokens` must lie in \[1, `context_tokens` 8\], got {new}"):
+            forward_flops(tiny_config(), new, context)
+    with pytest.raises(ValueError, match="unknown path 'absorb', did you mean 'absorbed'"):
+        forward_flops(tiny_config(), 1, 8, "absorb")

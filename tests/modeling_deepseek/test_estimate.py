@@ -22,11 +22,26 @@ ROOT = Path(__file__).parents[2]
         (lambda: estimate_serving("tiny-v3", gpu="h10"), "unknown GPU 'h10', did you mean 'h100'"),
         (lambda: estimate_serving("tiny-v3", context_tokens=513), "513 is beyond the model's `max_position_embed"),
         (lambda: estimate_serving("tiny-v3", context_tokens=16, gpus=0), "`gpus` must be at least 1, got 0"),
-        (lambda: estimate_serving("tiny-v3", context_tokens=16, split="rows"), "`split` must be 'layers' or 'tensor'"),
+        (
+            lambda: estimate_serving("tiny-v3", context_tokens=16, split="rows"),
+            "unknown split 'rows'; one of layers, tensor",
+        ),
+        (
+            lambda: estimate_serving("tiny-v3", context_tokens=16, gpus=3, split="tensor"),
+            r"`gpus` \(3\) must divide the 4",
+        ),
+        (lambda: estimate_serving("tiny-v3", context_tokens=16, dollars_per_gpu_hour=-1), "must be a positive number"),
         (lambda: estimate_serving("tiny-v3", context_tokens=16, weights_dtype="int5"), "unknown weight dtype 'int5'"),
         (lambda: estimate_training("tiny-v3", context_tokens=16, precision="fp64"), "unknown precision 'fp64'"),
         (lambda: estimate_training("tiny-v3", context_tokens=16, optimizer="adam"), "did you mean 'adamw'"),
         (lambda: estimate_training("tiny-v3", context_tokens=16, tokens=1e9), "`tokens` need `mfu` or a measured"),
+        (lambda: estimate_training("tiny-v3", context_tokens=16, tokens_per_second=0.0), "got 0.0"),
+        (lambda: estimate_training("tiny-v3", context_tokens=16, tokens=float("nan"), mfu=0.3), "got nan"),
+        (lambda: estimate_training("tiny-v3", context_tokens=16, dollars_per_gpu_hour=2), "needs the `tokens` of the"),
+        (lambda: estimate_training("tiny-v3", context_tokens=16, base_dtype="nf4"), "pass `lora_rank` too"),
+        (lambda: estimate_training("tiny-v3", context_tokens=16, lora_rank=8, precision="bf16"), "of full training"),
+        (lambda: estimate_training("tiny-v3", context_tokens=16, lora_rank=8, lora_sets=["mtp"], mtp=False), "leaves"),
+        (lambda: estimate_training("tiny-v2", context_tokens=16, lora_rank=8, lora_sets=["mtp"]), "nothing of the set"),
         (lambda: estimate_training("tiny-v3", context_tokens=16, mfu=39), r"`mfu` must lie in \(0, 1\], got 39"),
         (
             lambda: estimate_training("tiny-v3", context_tokens=16, mfu=0.3, tokens_per_second=5.0),
@@ -104,7 +119,31 @@ def test_mistakes_are_said_in_a_line(capsys):
     assert "unknown GPU 'h10', did you mean 'h100'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["serve", "deepseek-v3", "--context", "many"])
-    assert "'many' is not a count: write 4096, 32K, 20B or 14.8T" in capsys.readouterr().err
+    assert "'many' is not a number of tokens: write 4096 or 32K" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "deepseek-v3", "--tokens", "inf"])
+    assert "'inf' is not a count: write 4096, 500K, 20B or 14.8T" in capsys.readouterr().err
+
+
+def test_thousands_are_1024_of_a_context_only(capsys):
+    """500K tokens in an hour are 500,000; a context of 32K is 32,768."""
+    arguments = ("--tokens", "500K", "--tokens-per-second", "1K", "--context", "32K")
+    numbers = json.loads(printed(capsys, "train", "deepseek-v2-lite", *arguments, "--json"))
+    assert numbers["hours"] == pytest.approx(500 / 3600)
+    assert numbers["context_tokens"] == 32768
+
+
+def test_small_models_have_their_own_context_and_units(capsys):
+    numbers = json.loads(printed(capsys, "count", "tiny-v3", "--json"))
+    assert numbers["context_tokens"] == 512
+    text = printed(capsys, "count", "tiny-v3") + printed(capsys, "train", "tiny-v3", "--mfu", "0.3")
+    assert "MFLOPs" in text
+    assert " 0.0 " not in text
+
+
+def test_fp8_is_said_to_be_for_serving_engines(capsys):
+    assert "serving engines" in printed(capsys, "serve", "deepseek-v2-lite", "--gpu", "rtx-4090")
+    assert "serving engines" not in printed(capsys, "serve", "deepseek-v2-lite", "--gpu", "h100")
 
 
 def test_nothing_heavy_is_imported_before_a_model_is_named():

@@ -1,9 +1,11 @@
 """What serving costs: what fits, how several GPUs share a model, what bounds decoding."""
 
+import re
+
 import pytest
 import torch
 
-from modeling_deepseek import quantization
+from modeling_deepseek import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, quantization
 from modeling_deepseek.counts import load_config
 from modeling_deepseek.hardware import GPUS, PROCESS_BYTES, Gpu
 from modeling_deepseek.inference_cost import (
@@ -57,11 +59,47 @@ def test_layers_are_dealt_out_and_tensors_are_cut():
     layers = serving_memory(config, 32768, weights_dtype="fp8", gpus=8)
     tensor = serving_memory(config, 32768, weights_dtype="fp8", gpus=8, split="tensor")
     assert one.weights_bytes == layers.weights_bytes == one.weights_bytes_per_gpu
-    assert tensor.weights_bytes_per_gpu == one.weights_bytes // 8
+    assert one.weights_bytes // 8 < tensor.weights_bytes_per_gpu < one.weights_bytes // 8 + 3e9
     assert tensor.cache_bytes_per_gpu == one.cache_bytes  # latents have no heads to be split by
     # Dealt out whole, 61 layers give some GPU eight at least; an eighth and one more are 8.6.
     assert 8 / 61 < layers.weights_bytes_per_gpu / one.weights_bytes < 9 / 61
     assert 8 / 61 < layers.cache_bytes_per_gpu / one.cache_bytes < 9 / 61
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2-lite", "tiny-v2"])
+def test_tensor_parallelism_cuts_what_the_plan_cuts(name):
+    """transformers' plans name what is split. "mla_kv_a_proj" only sums gradients, and so names what is whole."""
+    config = load_config(name)
+    model_class = DeepseekV2ForCausalLM if config.model_type == "deepseek_v2" else DeepseekV3ForCausalLM
+    with torch.device("meta"):
+        model = model_class(config)
+    plan = {f"model.{rule}": style for rule, style in config.base_model_tp_plan.items()} | model_class._tp_plan
+    held = 0
+    for parameter, tensor in model.named_parameters():
+        path = re.sub(r"\.\d+\.", ".*.", parameter)
+        style = plan.get(path, plan.get(path.removesuffix(".weight"), "mla_kv_a_proj"))
+        held += 2 * tensor.numel() // (1 if style == "mla_kv_a_proj" else 4)
+    held += 4 * sum(buffer.numel() for buffer_name, buffer in model.named_buffers() if "bias" in buffer_name)
+    memory = serving_memory(config, 16, gpus=4, split="tensor", mtp=True)
+    assert memory.weights_bytes_per_gpu == pytest.approx(held, abs=200)
+
+
+def test_each_gpu_works_on_its_heads():
+    """V3 with one expert a token, 2,048 tokens: on one GPU the peak is in the attention of 128 heads, on eight with 16
+    of them it is in the rows of the expert, which are weighted in float32."""
+    config = load_config("deepseek-v3")
+    config.num_experts_per_tok = 1
+    one, eight = (serving_memory(config, 2048, gpus=gpus, split="tensor").workspace_bytes for gpus in (1, 8))
+    attention, rows = 2048 * 128 * (4 * 192 + 640) * 2, 2048 * 2 * 7168 * (2 + 4)
+    assert one - eight == attention - rows
+
+
+def test_the_first_of_large_pieces_builds_the_keys_of_all_heads():
+    """V3's 32K tokens at once: 128 heads of 128 + 128 + 2 x 192 values, whether or not more tokens follow."""
+    config = load_config("deepseek-v3")
+    built = 32768 * 128 * 640 * 2
+    for context in (32768, 40000):
+        assert serving_memory(config, context, prefill_tokens=32768).workspace_bytes > built
 
 
 def test_a_batch_meets_the_experts_that_even_routing_says():
@@ -81,7 +119,10 @@ def test_decoding_is_bound_by_reading_at_small_batches_and_by_computing_at_large
     gpu = GPUS["h200"]
     one = estimate_serving("deepseek-v3", gpu="h200", gpus=8, weights_dtype="fp8", split="tensor")
     config = load_config("deepseek-v3")
-    read = decode_bytes_read(config, 1, "fp8") / 8 + 4096 * 70272
+    # Whole on each GPU: the gates, and what comes before the heads, a byte a value and a scale for 128 x 128.
+    gates = 58 * 256 * 7168 * 2
+    whole = gates + 61 * (7168 * (1536 + 576) + 4 * 56 * (12 + 5)) + 2 * (61 * (2 * 7168 + 1536 + 512) + 7168)
+    read = (decode_bytes_read(config, 1, "fp8") - whole) / 8 + whole + 4096 * 70272
     assert one.decode_tokens_per_second == pytest.approx(gpu.bandwidth_bytes_per_second / read)
     # Enough sequences for every expert to be busy: the peak over the FLOPs of a token.
     tiny = Gpu(10**15, 1e15, 1e9, None, "a test's")

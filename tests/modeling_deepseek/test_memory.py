@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM
 from modeling_deepseek.counts import weight_bytes
 from modeling_deepseek.inference_cost import serving_memory
-from modeling_deepseek.training_cost import activation_bytes, estimate_training
+from modeling_deepseek.training_cost import LORA_SETS, Adapters, activation_bytes, estimate_training
 
 ROOT = Path(__file__).parents[2]
 
@@ -220,6 +221,26 @@ def test_loaded_weights_are_what_a_process_holds(tmp_path):
     assert held["nf4"] < 0.4 * held["bf16"]
 
 
+def autograd_keeps(model, config) -> int:
+    """Bytes of all tensors that wait for the backward pass of 128 tokens, but parameters and what the loss keeps."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.randint(2, 250, (2, 64))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids, use_cache=False)
+    log_probabilities = 128 * config.vocab_size * 4
+    return (
+        sum(storage.nbytes() for storage in kept.values()) - (1 + config.num_nextn_predict_layers) * log_probabilities
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
@@ -233,24 +254,24 @@ def test_activations_are_what_autograd_keeps(dtype, checkpointing, overrides):
     model = DeepseekV3ForCausalLM(config).to(dtype).train()
     if checkpointing:
         model.activation_checkpointing_enable()
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    ids = torch.randint(2, 250, (2, 64))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(ids, labels=ids, use_cache=False)
-    log_probabilities = 128 * config.vocab_size * 4
-    held = sum(storage.nbytes() for storage in kept.values())
-    held -= (1 + config.num_nextn_predict_layers) * log_probabilities
     expected, again = activation_bytes(
         config, 128, checkpointing=checkpointing, dtype_bytes=dtype.itemsize, fused_norms=False
     )
     # What is left out: angles, indices and, under checkpointing, what each call was passed.
-    assert held == pytest.approx(expected, rel=0.05 if checkpointing else 0.01)
+    assert autograd_keeps(model, config) == pytest.approx(expected, rel=0.05 if checkpointing else 0.01)
     assert (again > 0) == checkpointing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sets", [["attention"], ["routed_experts"], list(LORA_SETS)], ids="+".join)
+def test_activations_of_adapters_are_what_autograd_keeps(dtype, sets):
+    """PEFT's adapters are float32 and cast what they read: all of them keep more than training everything does."""
+    config = DeepseekV3Config(**{**SIZES, "num_hidden_layers": 3, "num_nextn_predict_layers": 1})
+    torch.manual_seed(0)
+    model = get_peft_model(DeepseekV3ForCausalLM(config).to(dtype).train(), LoraConfig(r=8, target_modules=sets))
+    model.enable_input_require_grads()
+    options = {"dtype_bytes": dtype.itemsize, "fused_norms": False}
+    expected, _ = activation_bytes(config, 128, adapters=Adapters(8, tuple(sets)), **options)
+    assert autograd_keeps(model, config) == pytest.approx(expected, rel=0.02)
+    if dtype == torch.bfloat16:
+        assert (expected > activation_bytes(config, 128, **options)[0]) == (len(sets) > 1)
