@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .activation_memory import LORA_SETS
 from .counts import (
     CACHE_DTYPES,
     PARTS,
@@ -41,7 +42,7 @@ from .inference_cost import (
     serving_memory,
     what_fits,
 )
-from .training_cost import LORA_SETS, OPTIMIZERS, PRECISIONS, estimate_training
+from .training_cost import OPTIMIZERS, PRECISIONS, estimate_training
 
 if TYPE_CHECKING:
     from .configuration_deepseek import DeepseekConfig

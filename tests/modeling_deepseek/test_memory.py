@@ -11,9 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM
+from modeling_deepseek.activation_memory import LORA_SETS, Adapters, activation_bytes
 from modeling_deepseek.counts import weight_bytes
 from modeling_deepseek.inference_cost import serving_memory
-from modeling_deepseek.training_cost import LORA_SETS, Adapters, activation_bytes, estimate_training
+from modeling_deepseek.training_cost import estimate_training
 
 ROOT = Path(__file__).parents[2]
 
