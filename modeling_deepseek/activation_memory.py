@@ -17,7 +17,7 @@ from .counts import one_of, weights
 if TYPE_CHECKING:
     from .configuration_deepseek import DeepseekConfig
 
-LORA_SETS = ("attention", "dense_mlp", "shared_experts", "routed_experts", "mtp")  # as in `adapters`
+LORA_SETS = ("attention", "dense_mlp", "shared_experts", "routed_experts", "mtp")  # as in `adapter_targets`
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def estimate_training(
         sharded: weights, gradients and optimizer are spread over the GPUs (FSDP, ZeRO-3), and some layers are whole at
             a time; otherwise each GPU has all of them (DDP).
         logits_workspace_mib: instead of the configuration's; the loss takes logits in pieces below it.
-        lora_rank: train adapters in float32 on `lora_sets` (those of `adapters`, by default "attention") only, over
+        lora_rank: train adapters in float32 on `lora_sets` (of `adapter_targets`, by default "attention") only, over
             frozen weights in `base_dtype` (by default "bf16"; "nf4" is QLoRA). Activations are those without
             `torch.autocast`, which would cast the adapters' float32 inputs down again. Of the FLOPs, gradients of
             frozen weights are left out.

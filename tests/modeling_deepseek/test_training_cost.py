@@ -4,7 +4,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from modeling_deepseek.activation_memory import LORA_SETS, lora_parameters, loss_bytes
-from modeling_deepseek.adapters import SETS
+from modeling_deepseek.adapter_targets import SETS
 from modeling_deepseek.counts import load_config, training_flops, weight_bytes
 from modeling_deepseek.hardware import V3_DOLLARS_PER_H800_HOUR, Gpu
 from modeling_deepseek.training_cost import estimate_training
