@@ -74,6 +74,7 @@ TRAVELLING_FILES = (
     "conversion.py",
     "quantization.py",
     "row_cache.py",
+    "drafting.py",
     "pretrained.py",
     "speculation.py",
     "modeling_deepseek.py",

@@ -25,8 +25,9 @@ from transformers.generation import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import modeling_deepseek.speculation as speculation
+from modeling_deepseek.drafting import Pace, Rows, round_costs
 from modeling_deepseek.row_cache import Columns, RowLayer
-from modeling_deepseek.speculation import Pace, Rows, keep_greedy, keep_sampled, round_costs
+from modeling_deepseek.speculation import keep_greedy, keep_sampled
 from tests.caches import LOSSLESS, MAX_LENGTH, new_cache
 from tests.tiny import tiny_model, tokens
 
