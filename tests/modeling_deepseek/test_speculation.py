@@ -135,6 +135,12 @@ def test_greedy_tokens_of_a_trained_model(batch):
         assert 0 <= cut <= speculative.drafted.shape[1]
 
 
+def test_counts_where_the_length_ends_the_rows():
+    for new in range(3, 9):
+        output = generate(teacher(), **prompts(3), max_new_tokens=new, use_mtp=True)
+        assert (output.accepted <= output.drafted).all()
+
+
 @pytest.mark.parametrize("name", LOSSLESS)
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("modules", [1, 3])
@@ -362,6 +368,63 @@ def test_processors_see_the_tokens_before(name, batch, good_drafts):
     speculative = generate(model, input_ids, **options, use_mtp=True)
     assert_same(plain, speculative)
     assert speculative.accepted.sum() > 0
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_grammar_is_asked_for_nothing_that_breaks_it(batch, good_drafts):
+    """Each row has a grammar of its own, with nothing behind the end token. Where there is no continuation
+    transformers raises; in plain decoding it only asks for the padding of rows that are done."""
+    model, input_ids, mask, eos = tiny(), tokens(4, PROMPT)[-batch:], LEFT_MASK[-batch:], 4
+    right = generate(model, input_ids, attention_mask=mask).sequences.tolist()
+    for row, length in zip(right, (9, 14, 3, 8), strict=False):
+        row[PROMPT + length - 1 :] = [eos]
+
+    def allowed(row, prefix):
+        """The right token, or another one and nothing but 7 from there on."""
+        said, expected = prefix.tolist(), right[row]
+        if batch > 1 and said[-1] in (0, eos) and len(said) > PROMPT:
+            return [0]
+        for one, other in zip(said, expected, strict=False):
+            if one != other:
+                return [7] * (one == other + 1)
+        return [expected[len(said)], expected[len(said)] + 1][: 1 + (len(said) + 1 < len(expected))]
+
+    class Grammar(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            assert all(any(allowed(row, said) for row in range(batch)) for said in input_ids)
+            return scores
+
+    good_drafts[:] = right
+    options = {"attention_mask": mask, "eos_token_id": eos, "prefix_allowed_tokens_fn": allowed}
+    plain = generate(model, input_ids, **options)
+    assert plain.sequences[0, PROMPT:].tolist()[8] == eos
+    speculative = generate(model, input_ids, **options, logits_processor=[Grammar()], use_mtp=True)
+    assert_same(plain, speculative)
+    assert 0 < speculative.accepted.sum() < speculative.drafted.sum()
+
+
+class Together(StoppingCriteria):
+    """Looks at all rows, and counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.calls += 1
+        return torch.full((len(input_ids),), int((input_ids[:, PROMPT:] % 5 == 2).sum()) > 5 or self.calls == 11)
+
+
+@pytest.mark.parametrize("eos", [None, 299 - 45])
+def test_criteria_see_what_they_see_in_plain_decoding(eos, good_drafts):
+    model, input_ids = tiny(), tokens(4, PROMPT)
+    options = {"attention_mask": LEFT_MASK, "eos_token_id": eos, "output_scores": True}
+    good_drafts[:] = generate(model, input_ids, **options).sequences.tolist()
+    plain, speculative = (
+        generate(model, input_ids, **options, stopping_criteria=[Together()], use_mtp=use) for use in (False, True)
+    )
+    assert PROMPT + 1 < plain.sequences.shape[1] < PROMPT + NEW
+    assert_same(plain, speculative)
+    assert_same_cache(plain.past_key_values, speculative.past_key_values, plain.sequences.shape[1] - 1)
 
 
 class After(StoppingCriteria):
@@ -769,6 +832,14 @@ def test_what_cannot_be_lossless_raises(options, message, monkeypatch):
         options = {"past_key_values": new_cache(options["past_key_values"], tiny().config, monkeypatch)}
     with pytest.raises(ValueError, match=message):
         generate(tiny(), tokens(1, PROMPT), use_mtp=True, **options)
+
+
+def test_inputs_prepared_by_others_raise(monkeypatch):
+    """PEFT's prompt tuning puts its own method on the model, and its tokens would be left out."""
+    model = tiny()
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", lambda *args, **kwargs: None, raising=False)
+    with pytest.raises(ValueError, match="prompt tuning"):
+        generate(model, tokens(1, PROMPT), use_mtp=True)
 
 
 def test_a_model_without_modules_raises():
