@@ -360,6 +360,9 @@ def check_speculation(model: Any, generation_config: GenerationConfig, mode_kwar
             "`use_mtp=True` drafts with MTP modules, and this model has none (`num_nextn_predict_layers=0`); load a "
             f"checkpoint that has them, {out}"
         )
+    most = generation_config.num_assistant_tokens
+    if not isinstance(most, int) or most < 0:
+        raise ValueError(f"`num_assistant_tokens` bounds the drafts of a round, so it is 0 or more; got {most!r}")
     if (generation_config.num_beams or 1) > 1:
         raise ValueError(f"`use_mtp=True` cannot go with beam search (num_beams={generation_config.num_beams}); {out}")
     for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "assistant_ensemble_weight", "dola_layers"):

@@ -342,7 +342,7 @@ def test_absorbed_attention_reads_a_quantised_kv_b_proj(name, checkpoint):
     assert type(attention.kv_b_proj).__module__.startswith("bitsandbytes")
     answer = attention.train().kv_b_proj(torch.eye(64)).T  # to the unit vectors
     for _ in range(2):  # the first forward pass of int8 moves its scales
-        assert relative(attention.kv_b_weight().flatten(0, 1), answer) < 1e-6
+        assert relative(attention.kv_b_weight(torch.device("cpu")).flatten(0, 1), answer) < 1e-6
         model.eval()
         logits(model)
     if name == "nf4":  # int8 rounds the rows, of the latents here and of the queries there
@@ -414,6 +414,23 @@ def test_dequantized_model_is_a_plain_one(name, checkpoint, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert not hasattr(again.config, "quantization_config")
     assert torch.equal(logits(again), logits(model))
+
+
+def test_dequantized_in_another_dtype(checkpoint):
+    whole = loaded(checkpoint).dequantize().state_dict()
+    for dtype in (torch.bfloat16, "bfloat16"):
+        model = loaded(checkpoint).dequantize(dtype)
+        assert torch.isfinite(logits(model)).all()
+        for key, tensor in model.state_dict().items():
+            expected = whole[key] if key.endswith("e_score_correction_bias") else whole[key].bfloat16()
+            assert same_bits(tensor, expected), key
+
+
+def test_a_dictionary_says_the_same(checkpoint):
+    settings = {"quant_method": "bitsandbytes", **NF4}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=settings)
+    assert torch.equal(logits(model), logits(loaded(checkpoint)))
+    assert model.config.quantization_config.llm_int8_skip_modules == ["lm_head", "score", "kv_b_proj"]
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # PEFT calls it

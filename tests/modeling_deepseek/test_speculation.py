@@ -313,6 +313,19 @@ def test_the_generation_config_can_say_so(tmp_path):
     assert isinstance(generate(loaded, **prompts(1), return_dict_in_generate=False), torch.Tensor)
 
 
+def test_layers_on_disk(tmp_path, good_drafts):
+    """Their weights are there only while they run, and absorbed attention reads one without running its layer."""
+    tiny().save_pretrained(tmp_path)
+    device_map = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    device_map |= {f"model.layers.{index}": "disk" if index else "cpu" for index in range(len(tiny().model.layers))}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
+    plain = generate(tiny(), tokens(1, PROMPT), max_new_tokens=6)
+    good_drafts[:] = plain.sequences.tolist()
+    for use in (False, True):
+        options = {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 6, "use_mtp": use}
+        assert_same(plain, generate(model, tokens(1, PROMPT), **options))
+
+
 opened: list[str] | None = None
 
 
@@ -820,6 +833,8 @@ def test_keep_greedy():
         ({"output_attentions": True}, "output_attentions"),
         ({"output_hidden_states": True}, "output_hidden_states"),
         ({"synced_gpus": True}, "synced_gpus"),
+        ({"num_assistant_tokens": -1}, "0 or more; got -1"),
+        ({"num_assistant_tokens": None}, "0 or more; got None"),
         ({"assistant_model": 0}, "assistant_model"),
         ({"past_key_values": "quanto"}, "QuantoQuantizedLayer"),
         ({"past_key_values": "fp8"}, "Fp8QuantizedLayer"),
