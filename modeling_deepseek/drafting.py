@@ -229,7 +229,8 @@ class Rows:
 
     def stop(self, row: int, length: int) -> None:
         """Ends a row at `length`, which it has or has gone beyond, unless it has ended before."""
-        if self.stops[row] is not None and self.stops[row] <= length:
+        before = self.stops[row]
+        if before is not None and before <= length:
             return
         self.stops[row] = length
         if self.pads:

@@ -142,8 +142,7 @@ def test_counts_where_the_length_ends_the_rows():
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("modules", [1, 3])
+@pytest.mark.parametrize(("modules", "batch"), [(1, 1), (1, 4), (3, 4)])
 def test_every_cache(modules, batch, name, good_drafts, monkeypatch):
     model, input_ids, mask = tiny(modules), tokens(4, PROMPT)[-batch:], LEFT_MASK[-batch:]
     caches = [new_cache(name, model.config, monkeypatch) for _ in range(2)]
@@ -192,10 +191,10 @@ def flex(monkeypatch):
 @pytest.mark.parametrize("path", ["auto", "absorbed", "expanded"])
 def test_every_path_and_attention(path, implementation, good_drafts):
     model = tiny(mla_path=path, attn_implementation=implementation)
-    input_ids = tokens(4, PROMPT)
-    plain = generate(tiny(), input_ids, attention_mask=LEFT_MASK)
+    options = {"attention_mask": LEFT_MASK, "max_new_tokens": 8}
+    plain = generate(tiny(), tokens(4, PROMPT), **options)
     good_drafts[:] = plain.sequences.tolist()
-    assert_same(plain, generate(model, input_ids, attention_mask=LEFT_MASK, use_mtp=True))
+    assert_same(plain, generate(model, tokens(4, PROMPT), **options, use_mtp=True))
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -271,7 +270,7 @@ def test_prompts_as_embeddings(good_drafts):
     assert_same(plain, generate(model, inputs_embeds=embeds, attention_mask=LEFT_MASK, use_mtp=True))
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 4])
+@pytest.mark.parametrize("chunk", [1, 4])
 @pytest.mark.parametrize("modules", [1, 3])
 def test_chunked_prefill(modules, chunk, good_drafts):
     model, input_ids = tiny(modules), tokens(4, PROMPT)
@@ -371,11 +370,10 @@ PROCESSORS = {
 }
 
 
-@pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_processors_see_the_tokens_before(name, batch, good_drafts):
-    model, input_ids, mask = tiny(), tokens(4, PROMPT)[-batch:], LEFT_MASK[-batch:]
-    options = {"attention_mask": mask, "output_scores": True, "output_logits": True, **PROCESSORS[name]}
+def test_processors_see_the_tokens_before(name, good_drafts):
+    model, input_ids = tiny(), tokens(4, PROMPT)
+    options = {"attention_mask": LEFT_MASK, "output_scores": True, "output_logits": True, **PROCESSORS[name]}
     plain = generate(model, input_ids, **options)
     good_drafts[:] = plain.sequences.tolist()
     speculative = generate(model, input_ids, **options, use_mtp=True)
@@ -558,8 +556,8 @@ def test_drafts_are_those_of_full_passes(modules, state, monkeypatch):
     monkeypatch.setattr(speculation, "keep_greedy", settled)
     monkeypatch.setattr(Rows, "add_draft", add_draft)
     monkeypatch.setattr(Pace, "choose", counted)
-    generate(model, input_ids, attention_mask=LEFT_MASK, max_new_tokens=9, use_mtp=True)
-    assert sum(map(len, checked)) > 8
+    generate(model, input_ids, attention_mask=LEFT_MASK, max_new_tokens=7, use_mtp=True)
+    assert sum(map(len, checked)) > 5
 
 
 # Sampling.
@@ -644,7 +642,14 @@ SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 4, "repetition_penal
 
 @cache
 def model_of_few_words():
-    model = tiny(vocab_size=WORDS, pad_token_id=None, bos_token_id=None, eos_token_id=None, initializer_range=0.3)
+    model = tiny(
+        num_hidden_layers=2,
+        vocab_size=WORDS,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=0.3,
+    )
     return model
 
 
