@@ -26,6 +26,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.distributed.utils import gather_full_state_dict
 
 from .configuration_deepseek import DeepseekConfig
@@ -129,6 +130,43 @@ def check_generation(model: PreTrainedModel, generation_config: GenerationConfig
                 "ranks that share one batch would sample different tokens, since their random states differ: call "
                 "`transformers.set_seed` with the same seed on all of them before `generate`"
             )
+
+
+@torch.no_grad()
+def draw_missing(model: PreTrainedModel) -> None:
+    """Draws the parameters that no checkpoint had (a new head, more MTP modules), whole and from one random state, and
+    keeps this rank's part. To be called on all ranks.
+
+    The library lets each rank draw what it holds: whole parameters would differ from rank to rank where the random
+    states do, and the halves of a split one be copies of each other, on CPU, where they do not.
+    """
+    seed = torch.randint(2**62, (1,), device=model.device)
+    dist.broadcast(seed, src=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(seed))
+        for module in model.modules():
+            own = module._parameters
+            missing = {
+                name: parameter
+                for name, parameter in own.items()
+                if parameter is not None and not parameter.is_meta and not hasattr(parameter, "_is_hf_initialized")
+            }
+            if not missing:
+                continue
+            wholes = {name: nn.Parameter(torch.empty(one.shape, dtype=one.dtype)) for name, one in missing.items()}
+            module._parameters = {**own, **wholes}
+            try:
+                model._init_weights(module)
+            finally:
+                module._parameters = own
+            for name, parameter in missing.items():
+                if is_split(parameter):
+                    part = DtensorShardOperation(parameter).shard_tensor(wholes[name].data)
+                    assert part is not None  # as for a single expert of others
+                    parameter.to_local().copy_(part)
+                else:
+                    parameter.copy_(wholes[name])
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # the library's own mark
 
 
 def is_split(tensor: Any) -> TypeGuard["DTensor"]:

@@ -36,7 +36,7 @@ from .decoder_layer import DeepseekDecoderLayer
 from .layers import DeepseekRMSNorm, DeepseekRotaryEmbedding
 from .mla import DeepseekMLA
 from .moe import DeepseekExperts, DeepseekGate, DeepseekMoE
-from .parallel import check_layout, is_spread, rules_that_apply, whole_state, without_labels
+from .parallel import check_layout, draw_missing, is_spread, rules_that_apply, whole_state, without_labels
 from .quantization import (
     device_of,
     is_bitsandbytes,
@@ -74,7 +74,6 @@ TRAVELLING_FILES = (
     "conversion.py",
     "quantization.py",
     "row_cache.py",
-    "drafting.py",
     "pretrained.py",
     "speculation.py",
     "modeling_deepseek.py",
@@ -187,6 +186,11 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         if distributed_config.pp_size > 1:
             model.forward = without_labels(model.forward)
         return model
+
+    def _initialize_missing_keys(self, is_quantized):
+        if self._mesh_manager is not None:
+            draw_missing(self)
+        super()._initialize_missing_keys(is_quantized)
 
     # Loading
 
@@ -329,10 +333,7 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # `save_pretrained` leaves its name there
         if quantized_experts(self):
             restore_experts(self, dtype)
-        model = super().dequantize(dtype)
-        for parameter in self.parameters():  # the others are as they were loaded
-            parameter.data = parameter.data.to(dtype)
-        return model
+        return super().dequantize(dtype)
 
     def get_memory_footprint(self, return_buffers=True):
         """As transformers', with the scales that bitsandbytes keeps beside its weights."""

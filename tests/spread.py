@@ -12,7 +12,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainingArguments
+from transformers import ContinuousBatchingConfig, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
@@ -105,10 +105,22 @@ def compare_steps(spread, whole, layout: str, steps: int = 2, optimizer: Any = N
         close_states(spread, whole, f"after step {step}")
 
 
-def same_model(folder: Path, checkpoint: str, layout: str) -> None:
-    """Loads to the same, saves to the same, takes the same steps, and saves what loads to the same again."""
+def halves(spread, names: set[str] | None) -> None:
+    """Half of each parameter that ends in one of `names` (of all, if None) is on this rank, and the whole of others."""
+    for name, parameter in spread.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        split = names is None or name.removesuffix(".weight").endswith(tuple(f".{ending}" for ending in names))
+        split = split or (name == "lm_head.weight" and "lm_head" in (names or ()))
+        assert local.numel() * (2 if split else 1) == parameter.numel(), name
+
+
+def same_model(folder: Path, checkpoint: str, layout: str, split: dict[str, set[str] | None] | None = None) -> None:
+    """Loads to the same, of which each rank holds what `split` says of the layout, saves to the same, takes the same
+    steps, and saves what loads to the same again."""
     spread, whole = load(folder / checkpoint, layout), load(folder / checkpoint)
     close_states(spread, whole, "loaded")
+    if split is not None:
+        halves(spread, split[layout])
     saved = folder / f"{checkpoint}-{layout}"
     spread.save_pretrained(saved)
     theirs, ours = load_file(folder / checkpoint / "model.safetensors"), load_file(saved / "model.safetensors")
@@ -182,15 +194,6 @@ def absorbed(folder: Path, layout: str) -> None:
     compare_steps(spread, whole, layout, steps=1)
 
 
-def halves(folder: Path, layout: str, names: set[str] | None) -> None:
-    """Half of each parameter that ends in one of `names` (of all, if None) is on this rank, and the whole of others."""
-    for name, parameter in load(folder / "v3", layout).named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        split = names is None or name.removesuffix(".weight").endswith(tuple(f".{ending}" for ending in names))
-        split = split or (name == "lm_head.weight" and "lm_head" in (names or ()))
-        assert local.numel() * (2 if split else 1) == parameter.numel(), name
-
-
 def generates(folder: Path, layout: str, cache: str) -> None:
     """Left-padded prompts, token for token, greedy and sampled, drafted by MTP modules and not, on every rank; but not
     with random states that differ, nor drafted on the stages of a pipeline."""
@@ -214,6 +217,8 @@ def generates(folder: Path, layout: str, cache: str) -> None:
     if layout == "pp":
         with pytest.raises(ValueError, match="pp_size > 1 parts them"):
             spread.generate(ids, do_sample=False, use_mtp=True, **kwargs)
+        with pytest.raises(ValueError, match="pp_size > 1 parts them"):
+            spread.generate_batch([[5, 6]], max_new_tokens=2)
 
 
 def same_logits(folder: Path, checkpoint: str, layout: str, kwargs: dict[str, Any] | None = None) -> None:
@@ -226,6 +231,37 @@ def same_logits(folder: Path, checkpoint: str, layout: str, kwargs: dict[str, An
         theirs, ours = (load_file(folder / name / "model.safetensors") for name in (checkpoint, "again"))
         assert theirs.keys() == ours.keys()
         assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
+
+
+def draws_alike(folder: Path) -> None:
+    """A module more than the checkpoint has, whose weights are drawn: alike in all layouts and on both ranks, although
+    their random states differ."""
+    states = []
+    for layout in ("tp+ep", "fsdp"):
+        torch.manual_seed(100 * dist.get_rank())
+        spread = load(folder / "v3", layout, num_nextn_predict_layers=3)
+        drawn = {name: full(tensor) for name, tensor in spread.model.layers[5].state_dict().items()}
+        theirs: list[Any] = [None, None]
+        dist.all_gather_object(theirs, drawn)
+        states += theirs
+    for state in states:
+        assert all(torch.equal(tensor, states[0][name]) for name, tensor in state.items())
+    for name, tensor in states[0].items():
+        if tensor.ndim > 1:
+            assert tensor.std().item() == pytest.approx(0.2, rel=0.2), name
+            assert not torch.equal(*(half.flatten() for half in tensor.chunk(2))), name
+
+
+def batched(folder: Path, layout: str) -> None:
+    """`generate_batch`, called on every rank."""
+    spread, whole = load(folder / "v3", layout), load(folder / "v3")
+    prompts = [tokens(1, length, seed=length) for length in (1, 9, 20)]
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = [whole.generate(prompt, **kwargs)[0, prompt.shape[1] :].tolist() for prompt in prompts]
+    results = spread.generate_batch(
+        [prompt[0] for prompt in prompts], None, ContinuousBatchingConfig(page_size=16, num_blocks=16), **kwargs
+    )
+    assert [result.generated_tokens for result in results.values()] == expected
 
 
 def in_bfloat16(folder: Path, layout: str) -> None:

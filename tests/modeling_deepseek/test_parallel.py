@@ -1,6 +1,7 @@
 """Two processes that share a model, against one that has it whole: what they compute, learn, save and load."""
 
 import json
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,22 @@ from tests import spread
 from tests.ranks import on_ranks
 from tests.tiny import tiny_config, tiny_model
 
+forkserver.ensure_running()  # which begins its imports while other tests are still being collected
+
 REST = ["ep", "tp+ep", "fsdp+ep"]
 TRAINABLE = ["tp", "fsdp", *REST]
+
+# What each rank holds half of, and of nothing else; under FSDP, of everything.
+ATTENTION = {"q_b_proj", "kv_b_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+EXPERTS = {"experts.gate_up_proj", "experts.down_proj"}
+SPLIT = {
+    "tp": ATTENTION | MLP | EXPERTS | {"eh_proj", "embed_tokens", "lm_head"},
+    "ep": EXPERTS,
+    "tp+ep": ATTENTION | MLP | EXPERTS | {"eh_proj", "embed_tokens", "lm_head"},
+    "fsdp": None,
+    "fsdp+ep": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("layout", TRAINABLE)
 def test_spread_models_are_the_whole_one(folder, layout):
-    on_ranks(folder, spread.same_model, "v3", layout)
+    on_ranks(folder, spread.same_model, "v3", layout, SPLIT)
 
 
 @pytest.mark.parametrize("layout", ["tp", "fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in REST)])
@@ -86,6 +101,15 @@ def test_files_of_each_rank_load_again(folder, layout):
     on_ranks(folder, spread.parts_on_disk, layout)
 
 
+def test_weights_that_are_drawn_are_the_same_on_all_ranks(folder):
+    on_ranks(folder, spread.draws_alike)
+
+
+@pytest.mark.parametrize("layout", ["tp+ep"])
+def test_many_prompts_at_once(folder, layout):
+    on_ranks(folder, spread.batched, layout)
+
+
 def test_adapters_are_trained_on_sharded_weights_and_refused_on_split_ones(folder):
     on_ranks(folder, spread.adapted)
 
@@ -118,13 +142,13 @@ def test_sharded_files_resume_where_they_were_written(folder):
     ids=["plain", "recomputed"],
 )
 def test_accelerate_shards_and_saves(folder, settings):
-    on_ranks(folder, spread.through_accelerate, settings)
+    on_ranks(folder, spread.through_accelerate, settings, alone=True)
 
 
 def test_trainer_learns_the_same_from_half_the_batch_on_each_rank(folder):
     """Weights, and the log of the loss, the gradient's norm and the balance, against `Trainer` in one process."""
     for layout, name in ((None, "whole"), ("fsdp", "shared")):
-        on_ranks(folder, spread.trains, layout, name, ranks=2 if layout else 1)
+        on_ranks(folder, spread.trains, layout, name, ranks=2 if layout else 1, alone=True)
     whole, shared = (load_file(folder / name / "model.safetensors") for name in ("whole", "shared"))
     torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-5)
     logs = [json.loads((folder / name / "state.json").read_text())["log_history"] for name in ("whole", "shared")]
@@ -132,22 +156,6 @@ def test_trainer_learns_the_same_from_half_the_batch_on_each_rank(folder):
         assert ours.get("tokens_per_expert") == theirs.get("tokens_per_expert")
         for key in {"loss", "grad_norm", "max_vio"} & theirs.keys():
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
-
-
-ATTENTION = {"q_b_proj", "kv_b_proj", "o_proj"}
-MLP = {"gate_proj", "up_proj", "down_proj"}
-EXPERTS = {"experts.gate_up_proj", "experts.down_proj"}
-SPLIT = {
-    "tp": ATTENTION | MLP | EXPERTS | {"eh_proj", "embed_tokens", "lm_head"},
-    "ep": EXPERTS,
-    "tp+ep": ATTENTION | MLP | EXPERTS | {"eh_proj", "embed_tokens", "lm_head"},
-}
-
-
-@pytest.mark.parametrize("layout", TRAINABLE)
-def test_each_rank_holds_half(folder, layout):
-    """Of what the plan splits and of nothing else; under FSDP, of everything."""
-    on_ranks(folder, spread.halves, layout, SPLIT.get(layout))
 
 
 @pytest.mark.parametrize(
