@@ -191,18 +191,22 @@ class LatentBatchingManager(ContinuousBatchingManager):
     ):
         settings = copy.deepcopy(continuous_batching_config)
         _refuse(model, generation_config, settings)
+        self.asked_for = _asked_for(generation_config, settings)
         # The decoding fast path reads pages of keys; graphs replay one grouping of requests for all.
         settings.max_blocks_per_request, settings.use_cuda_graph, settings.use_async_batching = 0, False, False
         self.workload_hints = workload_hints
         super().__init__(model, generation_config, settings, workload_hints)
 
-    def add_request(  # type: ignore[override]  # what follows a request's tokens by keyword only
-        self, input_ids: list[int], *, max_new_tokens: int | None = None, **kwargs: Any
+    def add_request(  # type: ignore[override]  # what follows is passed on by keyword
+        self, input_ids: list[int], request_id: str | None = None, max_new_tokens: int | None = None, **kwargs: Any
     ) -> str | None:
-        """As transformers', for prompts that have a token and no more than `max_position_embeddings`. A text may grow
-        beyond, as with `generate`: servers ask for 1,024 tokens where a client says nothing."""
+        """As transformers', for prompts of the vocabulary's tokens, at least one and no more than
+        `max_position_embeddings`. Where nothing limits its new tokens, a text ends there as well. With a limit it may
+        grow beyond, as with `generate`: servers ask for 1,024 tokens where a client says nothing."""
         check_request(self.model.config, input_ids, 0)
-        return super().add_request(input_ids, max_new_tokens=max_new_tokens, **kwargs)
+        if max_new_tokens is None and self.generation_config.max_new_tokens is None:
+            max_new_tokens = max(1, self.model.config.max_position_embeddings - len(input_ids))
+        return super().add_request(input_ids, request_id, max_new_tokens, **kwargs)
 
     def _generation_step(self) -> None:
         # A prompt with several samples is forked before its last token, and may have no other that is new.
@@ -210,15 +214,28 @@ class LatentBatchingManager(ContinuousBatchingManager):
         if self.batch_processor.inputs_and_outputs.num_q_tokens:  # type: ignore[union-attr]  # not the asynchronous one
             super()._generation_step()
 
-    def _handle_critical_error(self, error: Exception, batch_processor: ContinuousBatchProcessor | None) -> None:
-        if "No requests can be scheduled" in str(error) and batch_processor is not None:
-            cache = batch_processor.cache
-            error = RuntimeError(
-                f"a request needs more than the {cache.num_blocks} pages of "
-                f"{self.continuous_batching_config.page_size} tokens that there are; raise `num_blocks` or "
-                "`max_memory_percent`, or leave both out"
-            )
-        super()._handle_critical_error(error, batch_processor)
+    def _generation_loop_body(self, batch_processor: ContinuousBatchProcessor, bootstrapping: bool) -> bool:
+        try:
+            return super()._generation_loop_body(batch_processor, bootstrapping)
+        except RuntimeError as error:
+            if "No requests can be scheduled" not in str(error):
+                raise
+        # The pages hold one request that is active, or none, and no more of it: the others need not end with it.
+        scheduler = batch_processor.scheduler
+        state = next(iter((scheduler.active_requests or scheduler.waiting_requests).values()))
+        too_long = RuntimeError(
+            f"a request needs more than the {batch_processor.cache.num_blocks} pages of "
+            f"{self.continuous_batching_config.page_size} tokens that there are; raise `num_blocks` or "
+            "`max_memory_percent`, or leave both out"
+        )
+        children = [state.fork(f"{state.request_id}__child#{number}") for number in range(state.num_children)]
+        for failed in (state, *children):
+            batch_processor._handle_request_error(too_long, failed)
+        scheduler.finish_request(state.request_id)
+        if scheduler.waiting_requests.pop(state.request_id, None) is not None:
+            scheduler.waiting_requests_order.remove(state.request_id)
+        scheduler.block_new_requests = False
+        return True
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         # What is made here knows the model by these four alone, the configuration being what sizes the pages.
@@ -257,13 +274,24 @@ class LatentBatching(ContinuousMixin):
         workload_hints: WorkloadHints | None = None,
     ) -> ContinuousBatchingManager:
         """As transformers', with `LatentBatchingManager`, and with what `generation_config` leaves open taken from the
-        model's own, as `generate` does."""
-        if isinstance(getattr(self, "_cached_continuous_batching_manager", None), ContinuousBatchingManager):
-            return super().init_continuous_batching(generation_config, continuous_batching_config, workload_hints)
+        model's own, as `generate` does.
+
+        Raises:
+            ValueError: where a manager was kept (`persistent_manager=True`) and these settings are not its own.
+        """
         generation_config, _ = self._prepare_generation_config(generation_config)  # type: ignore[attr-defined]
         self._prepare_special_tokens(generation_config, device=self.device)  # type: ignore[attr-defined]
         if generation_config.eos_token_id is None:
             generation_config.eos_token_id = -1  # or the manager would take that of the configuration
+        kept = getattr(self, "_cached_continuous_batching_manager", None)
+        if isinstance(kept, LatentBatchingManager):
+            asked = _asked_for(generation_config, continuous_batching_config)
+            if changed := sorted(name for name in asked if asked[name] != kept.asked_for[name]):
+                raise ValueError(
+                    f"the manager that was kept by `persistent_manager=True` has another {', '.join(changed)}, and "
+                    "would go on with it: call `destroy_cached_continuous_batching_manager()` first"
+                )
+            return super().init_continuous_batching()
         settings = continuous_batching_config or ContinuousBatchingConfig()
         return LatentBatchingManager(self, generation_config, settings, workload_hints)
 
@@ -289,6 +317,9 @@ class LatentBatching(ContinuousMixin):
             ValueError: for what cannot be honoured: beams, logits processors that look at earlier tokens, ...
             GenerationBatchError: if requests failed; it holds the results of the others.
         """
+        for prompt in inputs:
+            if isinstance(prompt, str | int):
+                raise TypeError(f"`generate_batch` takes prompts that are lists of token ids, got {prompt!r}")
         prompts = [prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt) for prompt in inputs]
         generation_config, unknown = self._prepare_generation_config(generation_config, **kwargs)  # type: ignore[attr-defined]
         if unknown:
@@ -302,15 +333,19 @@ class LatentBatching(ContinuousMixin):
             generation_config.max_new_tokens = 20  # as `generate`, which has no other limit by default
         for prompt in prompts:
             check_request(self.config, prompt, generation_config.max_new_tokens)  # type: ignore[attr-defined]
-        results = super().generate_batch(
-            prompts,
-            generation_config,
-            continuous_batching_config,
-            record_timestamps=record_timestamps,
-            progress_bar=progress_bar,
-            persistent_manager=persistent_manager,
-            warmup=warmup,
-        )
+        was_training = self.training  # type: ignore[attr-defined]
+        try:
+            results = super().generate_batch(
+                prompts,
+                generation_config,
+                continuous_batching_config,
+                record_timestamps=record_timestamps,
+                progress_bar=progress_bar,
+                persistent_manager=persistent_manager,
+                warmup=warmup,
+            )
+        finally:
+            self.train(was_training)  # type: ignore[attr-defined]  # the manager has switched to evaluation
         failed = {name: result.error for name, result in results.items() if result.error is not None}
         wanted = len(prompts) * (generation_config.num_return_sequences or 1)
         if failed or len(results) < wanted:
@@ -330,10 +365,24 @@ class GenerationBatchError(RuntimeError):
         self.results = results
 
 
+def _asked_for(generation_config: GenerationConfig, settings: ContinuousBatchingConfig | None) -> dict[str, Any]:
+    """What a manager keeps to, by name: the settings as they were given, and all of the generation configuration but
+    the length, which comes with each request."""
+    asked_for = dict(vars(copy.deepcopy(settings))) if settings else {}
+    for name, value in generation_config.to_dict().items():
+        if name != "max_new_tokens" and not name.startswith("_"):  # not what `generate` notes there for itself
+            asked_for[name] = value
+    return asked_for
+
+
 def check_request(config: PreTrainedConfig, prompt: Sequence[int], max_new_tokens: int) -> None:
-    """Raises `ValueError` for a prompt that is empty or, with its new tokens, longer than the model's positions."""
+    """Raises `ValueError` for a prompt that is empty, has a token that is none, or is longer, with its new tokens, than
+    the model's positions: at the latest in the middle of a batch, it would end the others with it."""
     if not prompt:
         raise ValueError("a prompt has no token; begin it with `bos_token_id`")
+    for token in prompt:
+        if not 0 <= token < config.vocab_size:
+            raise ValueError(f"a prompt has the token {token}; the vocabulary ends with {config.vocab_size - 1}")
     length, limit = len(prompt) + max_new_tokens, config.max_position_embeddings
     if length > limit:
         raise ValueError(
@@ -344,6 +393,11 @@ def check_request(config: PreTrainedConfig, prompt: Sequence[int], max_new_token
 
 def _refuse(model: Any, generation_config: GenerationConfig, settings: ContinuousBatchingConfig) -> None:
     """Raises `ValueError` for settings that would be ignored, or that read pages as keys and values."""
+    if hasattr(model, "_pp_stage"):
+        raise ValueError(
+            "continuous batching needs all layers on each rank, and pp_size > 1 parts them: spread the model by "
+            "tp_size and ep_size, or use `generate`"
+        )
     for name, value in {
         "use_cuda_graph": any(settings.cuda_graph_booleans),
         "use_async_batching": settings.use_async_batching,
