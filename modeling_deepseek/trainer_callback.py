@@ -31,8 +31,8 @@ class DeepseekTrainerCallback(TrainerCallback):
     `attach` puts this one first.
 
     Raises:
-        ValueError: when training begins on a model that is not one of this package's, or with MTP modules under a
-            TRL loss that cannot carry theirs.
+        ValueError: when training begins on a model that is not one of this package's, or whose MTP modules or balance
+            loss would be left out: under label smoothing, or a TRL loss that cannot carry those of the modules.
     """
 
     def __init__(self) -> None:
@@ -49,6 +49,7 @@ class DeepseekTrainerCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         model = deepseek_model(model)
         if isinstance(model, DeepseekForCausalLM):
+            check_smoothing(model, args.label_smoothing_factor)
             restore_losses_under_trl(model, getattr(args, "loss_type", None))
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -82,6 +83,21 @@ def deepseek_model(model: nn.Module | None) -> DeepseekPreTrainedModel:
         if isinstance(module, DeepseekPreTrainedModel):
             return module
     raise ValueError(f"no DeepSeek model of this package in {type(model).__name__}: nothing to balance")
+
+
+def check_smoothing(model: DeepseekForCausalLM, label_smoothing_factor: float) -> None:
+    """Raises:
+    ValueError: where `Trainer` would keep the labels from a model that adds to their loss.
+    """
+    config = model.config
+    with_mtp = config.num_nextn_predict_layers > 0 and config.mtp_loss_weight > 0
+    with_balance = config.n_routed_experts is not None and config.aux_loss_alpha > 0
+    if label_smoothing_factor and (with_mtp or with_balance):
+        raise ValueError(
+            f"label_smoothing_factor={label_smoothing_factor} takes the labels away from the model, which then has "
+            "neither the loss of its MTP modules nor its balance loss; leave it at 0, or set `mtp_loss_weight` and "
+            "`aux_loss_alpha` of `model.config` to 0 to train without them"
+        )
 
 
 def restore_losses_under_trl(model: DeepseekForCausalLM, loss_type: str | None = None) -> None:

@@ -237,6 +237,17 @@ def test_callback_refuses_another_model(tmp_path):
         trainer.train()
 
 
+def test_label_smoothing_that_would_leave_losses_out_is_refused(tmp_path):
+    """`Trainer` keeps the labels, and the MTP modules would stay as they are without a word."""
+    for parts in ({"aux_loss_alpha": 0.0}, {"num_nextn_predict_layers": 0}):
+        settings = {"callbacks": [DeepseekTrainerCallback()], "label_smoothing_factor": 0.1}
+        trainer = trainer_for(tiny_model(**parts), tmp_path, **settings)
+        with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1 takes the labels away"):
+            trainer.train()
+    alone = tiny_model(aux_loss_alpha=0.0, num_nextn_predict_layers=0)
+    trainer_for(alone, tmp_path, steps=1, **settings).train()
+
+
 def test_dense_model_has_no_load(tmp_path):
     model = tiny_model(n_routed_experts=None, num_experts_per_tok=None)
     trainer = trainer_for(model, tmp_path, steps=1, callbacks=[DeepseekTrainerCallback()])
