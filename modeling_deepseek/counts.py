@@ -356,6 +356,10 @@ def load_config(model: "str | os.PathLike[str] | DeepseekConfig") -> "DeepseekCo
         fields = model.to_dict() if hasattr(model, "to_dict") else {}
         fields.pop("dtype", None)
     model_type = fields.get("model_type")
+    if model_type is None:
+        raise ValueError(
+            f"{name} has no config.json that names a model type: pass a model's folder, its Hub id, a preset"
+        )
     if model_type not in ("deepseek_v2", "deepseek_v3", "kimi_k2"):
         raise ValueError(f"{name} is a {model_type!r}; this package knows deepseek_v2, deepseek_v3 and kimi_k2")
     return (DeepseekV2Config if model_type == "deepseek_v2" else DeepseekV3Config).from_dict(fields)

@@ -321,6 +321,9 @@ def test_configurations_are_found(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="is a 'llama'; this package knows deepseek_v2"):
         load_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no config\.json that names"):
+        load_config(tmp_path)
 
 
 def test_transformers_own_configurations_are_read():

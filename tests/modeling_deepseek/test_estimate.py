@@ -127,7 +127,7 @@ def test_mistakes_are_said_in_a_line(capsys):
 
 def test_thousands_are_1024_of_a_context_only(capsys):
     """500K tokens in an hour are 500,000; a context of 32K is 32,768."""
-    arguments = ("--tokens", "500K", "--tokens-per-second", "1K", "--context", "32K")
+    arguments = ("--tokens", "500K", "--tokens-per-second", "1000", "--context", "32K")
     numbers = json.loads(printed(capsys, "train", "deepseek-v2-lite", *arguments, "--json"))
     assert numbers["hours"] == pytest.approx(500 / 3600)
     assert numbers["context_tokens"] == 32768

@@ -44,14 +44,14 @@ TRAINING = {
     "whole": dict(config={"num_nextn_predict_layers": 1}, tokens=512, batch=2),
     "checkpointed, the loss in pieces": dict(
         config={"vocab_size": 16384, "num_nextn_predict_layers": 1, "logits_workspace_mib": 8, "num_hidden_layers": 4},
-        tokens=512, batch=1, checkpointing=True,
+        tokens=256, batch=1, checkpointing=True,
     ),
     "bfloat16": dict(config=DENSE, tokens=512, batch=2, dtype="bf16"),
 }  # fmt: skip
 SERVING = {
     "wide attention": dict(config={"num_attention_heads": 32, "num_hidden_layers": 3}, context=2048, piece=2048),
     "wide experts": dict(config=FEW_HEADS, context=4096, piece=4096),
-    "in pieces": dict(config={"mla_workspace_mib": 16, "num_hidden_layers": 4}, context=8192, piece=1024),
+    "in pieces": dict(config={"mla_workspace_mib": 8, "num_hidden_layers": 4}, context=4096, piece=1024),
 }
 # Each case by itself in one process: resident bytes at their highest, above those before the model was there. Linux
 # forgets the highest when it is told to.
@@ -111,6 +111,41 @@ print(json.dumps({name: run(case) for name, case in cases.items()}))
 """
 
 
+# The same of one of two processes that share the model by FSDP2, a unit for each layer and one around them.
+SHARE = """
+import gc, json, sys, torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM
+
+def resident(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+def run(config):
+    gc.collect()
+    before = resident("VmRSS")
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**config)).train()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    for _ in range(2):
+        open("/proc/self/clear_refs", "w").write("5")
+        optimizer.zero_grad()
+        x = torch.randint(2, 250, (1, 16))
+        model(x, labels=x, use_cache=False).loss.backward()
+        optimizer.step()
+    return resident("VmHWM") - before
+
+dist.init_process_group("gloo")
+config = json.loads(sys.argv[1])
+run({**config, "hidden_size": 64, "num_hidden_layers": 2})
+held = run(config)
+if dist.get_rank() == 0:
+    print(json.dumps({"held": held}))
+dist.destroy_process_group()
+"""
+
 LOAD = """
 import gc, json, logging, sys, torch
 from pathlib import Path
@@ -147,13 +182,16 @@ print(json.dumps(held))
 """
 
 
-def child(program: str, *arguments: str) -> dict[str, int]:
-    """What a process of its own prints, as JSON. Tensors get pages of their own, which go back when they are freed."""
+def child(program: str, *arguments: str, ranks: int = 1) -> dict[str, int]:
+    """What a process of its own prints, as JSON; of several that form a group, what the first prints. Tensors get pages
+    of their own, which go back when they are freed."""
     pages = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     environment = {**os.environ, **pages, "PYTHONPATH": str(ROOT)}
-    process = subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
+    start = [sys.executable, "-c", program]
+    if ranks > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        start = [*torchrun, "--no-python", *start]
+    process = subprocess.run([*start, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -209,6 +247,18 @@ def test_serving_memory_is_what_a_process_allocates(name, measured):
         config, case["context"], weights_dtype="fp32", cache_dtype="fp32", prefill_tokens=case["piece"]
     )
     assert memory.bytes_per_gpu - memory.allowance_bytes == pytest.approx(measured(name), rel=0.1)
+
+
+@needs_proc
+@pytest.mark.slow
+def test_sharded_memory_is_what_each_process_allocates():
+    """75M parameters, of which a layer, embedding and head, and their gradients are whole at a time."""
+    sizes = {**SIZES, "vocab_size": 16384, "moe_intermediate_size": 768, "num_hidden_layers": 4}
+    memory = estimate_training(
+        DeepseekV3Config(**sizes), gpus=2, context_tokens=16, precision="fp32", checkpointing=False, fused=False
+    ).memory
+    held = child(SHARE, json.dumps(sizes), ranks=2)["held"]
+    assert memory.peak_bytes - memory.allowance_bytes == pytest.approx(held, rel=0.1)
 
 
 @needs_proc
