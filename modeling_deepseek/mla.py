@@ -167,10 +167,10 @@ class DeepseekMLA(nn.Module):
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=bias)
 
-    def kv_b_weight(self) -> torch.Tensor:
+    def kv_b_weight(self, device: torch.device) -> torch.Tensor:
         """[W_UK; W_UV] per head, (H, N + V, C); under tensor parallelism of this rank's heads. Read from the layer,
         dequantised where it is quantised, or, where the layer is more than a weight (adapters, offloaded layers), as
-        its answer to the unit vectors."""
+        its answer to the unit vectors on `device`, where it is used."""
         plain = type(self.kv_b_proj) is nn.Linear
         if plain and not self.kv_b_proj.weight.is_meta and not hasattr(self.kv_b_proj.weight, "ds_id"):  # DeepSpeed's
             weight = self.kv_b_proj.weight
@@ -184,8 +184,7 @@ class DeepseekMLA(nn.Module):
                     "the adapter on kv_b_proj drops parts of each token, and absorbed attention would drop the same of "
                     "all; train it with mla_path='expanded', without dropout, or not on kv_b_proj"
                 )
-            reference = self.kv_a_layernorm.weight
-            eye_CC = torch.eye(self.kv_lora_rank, dtype=reference.dtype, device=reference.device)
+            eye_CC = torch.eye(self.kv_lora_rank, dtype=self.kv_a_layernorm.weight.dtype, device=device)
             # As a batch of one, so that PEFT's `adapter_names`, one for each row of a batch, never fit unit vectors.
             weight = self.kv_b_proj(eye_CC[None])[0].transpose(0, 1)
         return weight.reshape(-1, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
@@ -271,7 +270,7 @@ class DeepseekMLA(nn.Module):
         return torch.cat(outputs)[paged.places_T]
 
     def _absorbed(self, q_nope, q_rope, c_kv, k_rope, mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        kv_b_HEC = self.kv_b_weight()
+        kv_b_HEC = self.kv_b_weight(c_kv.device)
         split = getattr(self.kv_b_proj, "weight", None)
         if is_split(split):
             c_kv = summed_gradient(c_kv, split.device_mesh)
@@ -310,7 +309,7 @@ class DeepseekMLA(nn.Module):
         if block >= heads:
             return self._attend(query, *self.expand_kv(c_kv, k_rope), mask, **kwargs)
         # A few new tokens on a long cached prefix: expand some heads of it at a time.
-        kv_b_HEC = self.kv_b_weight()
+        kv_b_HEC = self.kv_b_weight(q_nope.device)
         parts = []
         for start in range(0, heads, block):
             some = slice(start, start + block)

@@ -74,6 +74,7 @@ TRAVELLING_FILES = (
     "conversion.py",
     "quantization.py",
     "row_cache.py",
+    "drafting.py",
     "pretrained.py",
     "speculation.py",
     "modeling_deepseek.py",
@@ -333,7 +334,10 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # `save_pretrained` leaves its name there
         if quantized_experts(self):
             restore_experts(self, dtype)
-        return super().dequantize(dtype)
+        model = super().dequantize(dtype)
+        for parameter in self.parameters():  # the others are as they were loaded
+            parameter.data = parameter.data.to(dtype)
+        return model
 
     def get_memory_footprint(self, return_buffers=True):
         """As transformers', with the scales that bitsandbytes keeps beside its weights."""

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
 from transformers.integrations.accelerate import get_device
 from transformers.integrations.moe import _grouped_linear
 from transformers.quantizers.base import HfQuantizer
@@ -66,13 +67,13 @@ def is_bitsandbytes(quantization_config: Any) -> bool:
 
 
 def skipping_by_default(quantization_config: Any) -> Any:
-    """A copy for a model that is quantised while it is loaded, in which `llm_int8_skip_modules`, if it is None, names
-    the heads and kv_b_proj. It is saved with the model, so that the same layers are quantised when it is read again."""
+    """A copy, as an object, for a model that is quantised while it is loaded, in which `llm_int8_skip_modules`, if it
+    is None, names the heads and kv_b_proj. It is saved with the model, so that the same layers are quantised when it is
+    read again."""
+    if isinstance(quantization_config, Mapping):
+        quantization_config = BitsAndBytesConfig.from_dict(dict(quantization_config))
     quantization_config = copy.deepcopy(quantization_config)
-    if isinstance(quantization_config, dict):
-        if quantization_config.get("llm_int8_skip_modules") is None:
-            quantization_config["llm_int8_skip_modules"] = list(_WHOLE)
-    elif quantization_config.llm_int8_skip_modules is None:
+    if quantization_config.llm_int8_skip_modules is None:
         quantization_config.llm_int8_skip_modules = list(_WHOLE)
     return quantization_config
 

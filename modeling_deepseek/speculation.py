@@ -1,5 +1,5 @@
-"""Lossless self-speculation: `generate(use_mtp=True)` drafts tokens with the MTP modules (V3 2.2) and verifies them in
-one forward pass of the model.
+"""Lossless self-speculation: `generate(use_mtp=True)` drafts tokens with the MTP modules (V3 2.2; `drafting.py`) and
+verifies them in one forward pass of the model.
 
     prefill -> first token -> [ draft k tokens -> verify them -> keep those that the model itself would have drawn ] ...
 
@@ -7,14 +7,9 @@ A round ends with one more token than drafts were kept: the model's own choice b
 keep different numbers and go on at their own pace (`row_cache.py`). What comes out is distributed exactly as without
 drafts (Leviathan et al., arXiv 2211.17192, theorem 1), and with greedy decoding it is the same tokens.
 
-With D modules and a row of S tokens, of which the model has seen all but the last: draft 1 comes from module 1, which
-sees at column S - 2 the state there and token S - 1; draft k from module k, which sees the output of module k - 1 and
-draft k - 1. Drafts beyond D come from module D applied again, one column further each time, to its own output.
-
 Legend: B batch, S tokens or columns, Q tokens of one forward pass, K drafts, D hidden size, V vocabulary.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,36 +21,22 @@ from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.logits_process import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MinPLogitsWarper,
-    SuppressTokensLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from .drafting import Drafter, Pace, Prompt, Rows, round_costs
 from .mla import is_flash
-from .packing import sequence_context
-from .row_cache import Columns, OneLayerCache, RowCache, check_rows_can_be_paced, row_bound
+from .row_cache import Columns, RowCache, check_rows_can_be_paced, row_bound
 
-# These look at nothing but the scores: one call for all positions.
-_SCORES_ONLY = (
-    EpsilonLogitsWarper, EtaLogitsWarper, InfNanRemoveLogitsProcessor, LogitNormalization, MinPLogitsWarper,
-    SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopHLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
-    TypicalLogitsWarper,
-)  # fmt: skip
+# While drafts do not pay, states that the modules have not seen wait for each other, up to so many of a row.
+MOST_WAITING = 32
 
 
 @dataclass
@@ -73,9 +54,6 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
         assert self.drafted is not None
         assert self.accepted is not None
         return (self.accepted.sum(0) / self.drafted.sum(0)).tolist()
-
-
-# Choosing tokens
 
 
 def keep_greedy(scores_BQV: torch.Tensor, drafts_BK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,284 +88,6 @@ def keep_sampled(
     return kept_B, tokens_BQ
 
 
-def process_scores(
-    processors: LogitsProcessorList, sequences_BS: torch.Tensor, lengths: list[int], logits_BQV: torch.Tensor
-) -> torch.Tensor:
-    """Scores (B, Q, V) after the processors, each of which sees the tokens before: `lengths[b]` + j at position j.
-
-    A processor is called with all rows at once, as in plain decoding, since it may know them by their number; where
-    rows differ in length, once for each length, and only the rows that have it are taken from what it returns.
-    """
-    count = logits_BQV.shape[1]
-    for processor in processors:
-        if type(processor) in _SCORES_ONLY:
-            logits_BQV = processor(sequences_BS[:, :1], logits_BQV.flatten(0, 1)).view_as(logits_BQV)
-            continue
-        result_BQV = torch.empty_like(logits_BQV)
-        for length in sorted({first + step for first in lengths for step in range(count)}):
-            steps = [length - first for first in lengths]
-            rows = [row for row, step in enumerate(steps) if 0 <= step < count]
-            at_B = torch.tensor([min(max(step, 0), count - 1) for step in steps], device=logits_BQV.device)
-            all_B = torch.arange(len(at_B), device=at_B.device)
-            scores_BV = processor(sequences_BS[:, :length], logits_BQV[all_B, at_B])
-            result_BQV[all_B[rows], at_B[rows]] = scores_BV[rows]
-        logits_BQV = result_BQV
-    return logits_BQV
-
-
-# Choosing how many tokens to draft
-
-# What the launches of a layer's kernels cost, as bytes of weights that could be read in that time, and from how many
-# tokens on computing costs more than reading the weights. CPU: measured on two cores. GPU: reckoned from an H100's
-# bandwidth and arithmetic, and half a millisecond a layer.
-LAUNCH_BYTES = {"cpu": 10_000_000}
-DRAFT_LAYERS = 1.4  # launches of a draft, in layers: joining, embedding, rotation, head and choice come on top
-RIDGE_TOKENS = {"cpu": 8}
-LAUNCH_BYTES_GPU, RIDGE_TOKENS_GPU = 1_000_000_000, 300
-
-
-class Pace:
-    """Chooses the number of drafts that promises the most tokens for the time, from how the drafts of this call fared
-    so far. Deterministic: what time costs is reckoned from the sizes of the weights, not taken from a clock."""
-
-    PRIOR, PRIOR_WEIGHT, MEMORY = 0.7, 4.0, 0.98
-
-    def __init__(self, costs: list[float], fewest: int):
-        """`costs[k]` is the time of a round with k drafts; a draft has 0 or at least `fewest` tokens."""
-        self.costs, self.fewest = costs, fewest
-        self.tried, self.kept = [0.0] * (len(costs) - 1), [0.0] * (len(costs) - 1)
-
-    def rates(self) -> list[float]:
-        """For each position the share of drafts kept among those whose predecessors were. A position without a past
-        is expected to do as the one before."""
-        rates, rate = [], self.PRIOR
-        for tried, kept in zip(self.tried, self.kept, strict=True):
-            rate = (kept + self.PRIOR_WEIGHT * rate) / (tried + self.PRIOR_WEIGHT)
-            rates.append(rate)
-        return rates
-
-    def choose(self, rooms: list[int]) -> int:
-        """Drafts for the next round, where row b can use up to `rooms[b]`."""
-        best, best_value, expected, reached = 0, len(rooms) / self.costs[0], float(len(rooms)), 1.0
-        for count, rate in enumerate(self.rates()[: max(rooms)], start=1):
-            reached *= rate
-            expected += reached * sum(room >= count for room in rooms)
-            if count >= self.fewest and expected / self.costs[count] > best_value:
-                best, best_value = count, expected / self.costs[count]
-        return best
-
-    def learn(self, drafted: int, kept: int) -> None:
-        """One row's round: of its drafts the first `kept` were right."""
-        for position in range(min(drafted, kept + 1)):
-            self.tried[position] += 1
-            self.kept[position] += position < kept
-
-    def forget(self) -> None:
-        """Once a round: what is long ago counts less, so that a position given up is tried again."""
-        self.tried = [self.MEMORY * value for value in self.tried]
-        self.kept = [self.MEMORY * value for value in self.kept]
-
-
-def round_costs(model: Any, modules: list[Any], batch: int, most: int) -> list[float]:
-    """Time of a round with 0 ... `most` drafts, in units of a forward pass of one token a row."""
-    device = model.device.type
-    launch, ridge = LAUNCH_BYTES.get(device, LAUNCH_BYTES_GPU), RIDGE_TOKENS.get(device, RIDGE_TOKENS_GPU)
-
-    def sizes(layer: Any) -> tuple[float, float]:
-        """Bytes of the weights: the routed experts', and the others."""
-        whole = sum(parameter.nbytes for parameter in layer.parameters())
-        experts = sum(parameter.nbytes for parameter in layer.mlp.experts.parameters()) if layer.is_moe else 0
-        return experts, whole - experts
-
-    share = model.config.num_experts_per_tok / model.config.n_routed_experts if model.config.n_routed_experts else 0.0
-
-    def reading(experts: float, others: float, tokens: int) -> float:
-        """The weights that `tokens` tokens touch, or their arithmetic, where that takes longer."""
-        return max(others + experts * (1 - (1 - share) ** tokens), (others + experts * share) * tokens / ridge)
-
-    head = float(model.lm_head.weight.nbytes)
-    layers = Counter(sizes(layer) for layer in model.stack.layers[: model.config.num_hidden_layers])
-
-    def verify(tokens: int) -> float:
-        return sum(n * (launch + reading(*size, tokens)) for size, n in layers.items()) + reading(0, head, tokens)
-
-    draft = [DRAFT_LAYERS * launch + reading(*sizes(module), batch) + reading(0, head, batch) for module in modules]
-    costs = []
-    for count in range(most + 1):
-        drafts = sum(draft[:count]) + sum(draft[-1:]) * max(0, count - len(draft))
-        costs.append((verify(batch * (count + 1)) + drafts) / verify(batch))
-    return costs
-
-
-# Drafting
-
-
-class Drafter:
-    """The MTP modules in use and their latents, kept apart from the model's. The latents begin at column `first`: what
-    a cache already held when it was passed in, the modules have not seen.
-
-    Module k's entry in a column is made from the state there and the token k columns on. Tokens that are still drafts
-    make entries that the next round writes again.
-    """
-
-    def __init__(self, model: Any, modules: list[Any], prompt: "Prompt", room: int):
-        self.model, self.modules, self.prompt = model, modules, prompt
-        self.first, self.seen = prompt.first, 0  # columns, and states among them
-        self.caches = [OneLayerCache(room - self.first) for _ in modules]
-        self.valid_BS = None if prompt.valid_BS is None else prompt.valid_BS[:, self.first :]
-        self.after_norm = model.config.mtp_hidden_state == "after_norm"
-        self.waiting: list[torch.Tensor | None] = [None] * len(modules)  # last state (B, 1, D), whose token is to come
-
-    def prefill(self, states_BSD: torch.Tensor, embeds_BSD: torch.Tensor) -> None:
-        """Entries for the next columns of the prompt, from their states and the embeddings of their tokens."""
-        self.seen += states_BSD.shape[1]
-        for depth, module in enumerate(self.modules, start=1):
-            waiting, self.waiting[depth - 1] = self.waiting[depth - 1], states_BSD[:, -1:]
-            states_BSD = states_BSD[:, :-1] if waiting is None else torch.cat([waiting, states_BSD[:, :-1]], dim=1)
-            count = states_BSD.shape[1]
-            if count == 0:
-                return
-            end = self.seen - depth
-            cache = self.caches[depth - 1]
-            cache.layer.columns = Columns([end - count], count, states_BSD.device)
-            mask_BS, where = self.prompt.mask_BS, slice(self.first, self.first + end)
-            context = sequence_context(
-                self.model.config,
-                states_BSD,
-                None if mask_BS is None else mask_BS[:, where],
-                self.prompt.positions_BS[:, end - count : end],
-                cache,
-            )
-            states_BSD = module(
-                states_BSD,
-                embeds_BSD[:, -count:],
-                position_embeddings=self.model.stack.rotary_emb(context.position_ids_BS),
-                attention_mask=context.attention_mask,
-                past_key_values=cache,
-                **context.attention_kwargs,
-            ).hidden_states
-            if self.after_norm:
-                states_BSD = module.shared_head.norm(states_BSD)
-
-    def draft(self, count: int, states_BQD: torch.Tensor, starts: list[int], grown: list[int], rows: "Rows") -> None:
-        """Writes `count` drafts behind each row of `rows`. Row b had `starts[b]` tokens when the modules last ran, and
-        has grown by `grown[b]`; `states_BQD` are those from the last token before on. With `count` 0 the modules only
-        see what is new."""
-        depth, ends = len(self.modules), [start + new for start, new in zip(starts, grown, strict=True)]
-        states_BQD = states_BQD[:, : max(grown)]
-        for step in range(count or depth):
-            module, cache = self.modules[min(step, depth - 1)], self.caches[min(step, depth - 1)]
-            if step < depth:
-                ahead, begin = step + 1, [start - 1 - step for start in starts]
-                last = [new - 1 + step for new in grown]
-            else:
-                ahead, begin, last = depth, [end - 1 + step - depth for end in ends], [0]
-            width = states_BQD.shape[1]
-            tokens_BQ = Columns([start + ahead for start in begin], width, states_BQD.device).take(rows.sequences_BS)
-            shift = self.prompt.offset - self.first
-            columns = Columns([start + shift for start in begin], width, states_BQD.device)
-            cache.layer.columns = columns
-            states_BQD = module(
-                states_BQD,
-                self.model.stack.embed_tokens(tokens_BQ.to(states_BQD.device)),
-                position_embeddings=self.model.stack.rotary_emb(self.prompt.positions_at(columns, self.first)),
-                attention_mask=columns.mask(self.valid_BS, columns.end, states_BQD.dtype),
-                past_key_values=cache,
-            ).hidden_states
-            if step < depth - 1:
-                if self.after_norm:
-                    states_BQD = module.shared_head.norm(states_BQD)
-                last_B1D, waiting = _at(states_BQD, last), self.waiting[step + 1]
-                assert waiting is not None
-                self.waiting[step + 1] = _at(states_BQD, [new - 1 for new in grown])
-                states_BQD = torch.cat([waiting, states_BQD], dim=1)
-                normed_B1D = last_B1D if self.after_norm else module.shared_head.norm(last_B1D)
-            else:
-                last_B1D = _at(states_BQD, last)
-                normed_B1D = module.shared_head.norm(last_B1D)
-                states_BQD = normed_B1D if self.after_norm else last_B1D
-            if count:
-                rows.add_draft(self.model.lm_head(normed_B1D), [end + step for end in ends])
-
-
-def _at(states_BQD: torch.Tensor, index: list[int]) -> torch.Tensor:
-    """State number `index[b]` of each row, (B, 1, D)."""
-    if min(index) == max(index):
-        return states_BQD[:, index[0] : index[0] + 1]
-    rows = torch.arange(len(index), device=states_BQD.device)
-    return states_BQD[rows, torch.tensor(index, device=states_BQD.device)][:, None]
-
-
-# One call of `generate`
-
-
-class Prompt:
-    """What `generate` hands over, as columns of the cache: those before `first` are in it already."""
-
-    def __init__(self, input_ids: torch.Tensor, generation_config: GenerationConfig, device, model_kwargs: dict):
-        past = int(model_kwargs["past_key_values"].get_seq_length())
-        mask_BS, embeds_BSD = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
-        whole = mask_BS.shape[1] if mask_BS is not None else getattr(generation_config, "_mask_length", -1)
-        if embeds_BSD is not None:
-            self.length = embeds_BSD.shape[1]
-        elif whole == input_ids.shape[1] or past == 0:
-            self.length = input_ids.shape[1]
-        else:  # the new tokens only, with a mask for all
-            self.length = past + input_ids.shape[1]
-        self.first, new = past, self.length - past
-        if new < 1:
-            raise ValueError(
-                f"the cache holds {past} tokens and the prompt {self.length}: `use_mtp=True` needs at least one token "
-                "that is not in the cache; crop it by one"
-            )
-        self.offset = self.length - input_ids.shape[1]  # column of a token less its place in the sequence
-        self.input_ids = None if embeds_BSD is not None else input_ids[:, -new:].to(device)
-        self.embeds_BSD = None if embeds_BSD is None else embeds_BSD[:, -new:].to(device)
-        batch = len(input_ids if embeds_BSD is None else embeds_BSD)
-        self.positions_BS = model_kwargs["position_ids"][:, -new:].expand(batch, -1).to(device)
-        self.mask_BS = None if mask_BS is None else mask_BS.to(device)
-        self.valid_BS: torch.Tensor | None = None
-        self.origin_B = self.positions_BS[:, -1] - (self.length - 1)  # position of a new token less its column
-
-    def make_room(self, room: int) -> None:
-        """All columns behind the prompt are valid."""
-        if self.mask_BS is not None:
-            self.valid_BS = torch.nn.functional.pad(self.mask_BS.bool(), (0, room - self.length), value=True)
-
-    def positions_at(self, columns: Columns, first: int = 0) -> torch.Tensor:
-        """Positions (B, Q) of tokens behind the prompt, where `columns` count from column `first`."""
-        return columns.index_BQ + (self.origin_B + first)[:, None]
-
-
-class Rows:
-    """The sequences, and where each row stands: it has `lengths[b]` tokens, of which the model has seen `seen[b]`, all
-    but the last; or, where a row is done, the padding behind it as well, like in plain decoding."""
-
-    def __init__(self, input_ids, processors: LogitsProcessorList, generation_config: GenerationConfig, room: int):
-        batch, length = input_ids.shape
-        pad = generation_config._pad_token_tensor
-        self.pad = 0 if pad is None else int(pad)
-        self.sequences_BS = torch.nn.functional.pad(input_ids, (0, room - length), value=self.pad)
-        self.lengths, self.seen = [length] * batch, [length - 1] * batch
-        self.stops: list[int | None] = [None] * batch  # length at which a row was told to stop
-        self.active = [True] * batch
-        self.processors, self.do_sample = processors, generation_config.do_sample
-        self.draft_probs: list[torch.Tensor] = []  # (B, V) each
-
-    def add_draft(self, logits_B1V: torch.Tensor, lengths: list[int]) -> None:
-        """Draws a draft for each row, which then has one token more than `lengths`, and writes it behind the row."""
-        logits_B1V = logits_B1V.to(self.sequences_BS.device, torch.float32)
-        scores_BV = process_scores(self.processors, self.sequences_BS, lengths, logits_B1V)[:, 0]
-        if self.do_sample:
-            self.draft_probs.append(scores_BV.softmax(dim=-1))
-            token_B1 = torch.multinomial(self.draft_probs[-1], 1)
-        else:
-            token_B1 = scores_BV.argmax(dim=-1, keepdim=True)
-        if not all(self.active):
-            token_B1 = token_B1.masked_fill(~torch.tensor(self.active, device=token_B1.device)[:, None], self.pad)
-        Columns(lengths, 1, token_B1.device).put(self.sequences_BS, token_B1)
-
-
 class Speculation:
     """Prefill, then rounds of drafting, verifying and settling, as `speculate` calls them."""
 
@@ -399,7 +99,7 @@ class Speculation:
         self.extra = {name: value for name, value in kwargs.items() if name not in known}
         limits = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
         self.limit = min([*limits, generation_config.max_length])
-        self.eos = {
+        eos = {
             int(token)
             for criterion in criteria
             if type(criterion) is EosTokenCriteria
@@ -414,9 +114,6 @@ class Speculation:
                 f"the static cache holds {self.bound} tokens, and prompt and new tokens are up to {needed}; make it "
                 "larger, or lower `max_new_tokens`"
             )
-        # Plain decoding pads rows that are done only if some criterion knows of an end token.
-        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-
         config = model.config
         most = max(0, min(generation_config.num_assistant_tokens, self.limit - input_ids.shape[1] - 1))
         self.room = self.limit + most + 1
@@ -424,7 +121,9 @@ class Speculation:
         modules = list(model.stack.layers[config.num_hidden_layers :])
         modules = modules[: min(len(modules), most, self.prompt.length - self.prompt.first)]
         self.drafter = Drafter(model, modules, self.prompt, self.room + self.prompt.offset)
-        self.rows = Rows(input_ids, processors, generation_config, self.room)
+        self.rows = Rows(input_ids, processors, generation_config, self.room, eos)
+        # Plain decoding pads rows that are done only if some criterion knows of an end token.
+        self.rows.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         batch = len(input_ids)
         self.pace = Pace(round_costs(model, modules, batch, most if modules else 0), len(modules))
         self.drafted = torch.zeros(batch, most, dtype=torch.int64)
@@ -433,8 +132,8 @@ class Speculation:
         self.fresh_BQD: torch.Tensor | None = None
         self.fresh_starts: list[int] = []
         self.grown: list[int] = []
-        self.rounds, self.streamed = 0, input_ids.shape[1]
-        self.first_length = input_ids.shape[1]
+        self.rounds = 0
+        self.first_length = self.judged = input_ids.shape[1]  # see `catch_up`
         self.scores: list[torch.Tensor] | None = None
         self.logits: list[torch.Tensor] | None = None
         if generation_config.return_dict_in_generate:
@@ -490,7 +189,7 @@ class Speculation:
         rooms = [self.limit - length - 1 if on else 0 for length, on in zip(rows.lengths, rows.active, strict=True)]
         count = self.pace.choose(rooms)
         assert self.fresh_BQD is not None
-        if count == 0 and min(self.grown) == max(self.grown):
+        if count == 0 and min(self.grown) == max(self.grown) < MOST_WAITING:
             self.fresh_BQD = self.fresh_BQD[:, : self.grown[0]]  # wait for more
             return 0
         # Of a row that is done it does not matter what the modules see, as long as it stays within the buffers.
@@ -510,9 +209,9 @@ class Speculation:
     def settle(self, logits_BQV: torch.Tensor, count: int) -> None:
         """Keeps of each row's `count` drafts what the model would have drawn itself, and one token more, up to where
         the row stops."""
-        rows, batch = self.rows, len(self.rows.lengths)
+        rows = self.rows
         logits_BQV = logits_BQV.to(rows.sequences_BS.device, torch.float32)
-        scores_BQV = process_scores(rows.processors, rows.sequences_BS, [seen + 1 for seen in rows.seen], logits_BQV)
+        scores_BQV = rows.scores(logits_BQV, [seen + 1 for seen in rows.seen])
         drafts_BK = Columns(rows.lengths, count, rows.sequences_BS.device).take(rows.sequences_BS)
         if rows.do_sample:
             draft_probs_BKV = torch.stack(rows.draft_probs, dim=1) if count else None
@@ -522,39 +221,41 @@ class Speculation:
         self.record(logits_BQV, scores_BQV)
         table = torch.cat([kept_B[:, None], tokens_BQ], dim=1).tolist()  # the one wait for the device in a round
 
-        blocks: list[list[int]] = []
-        for row, (kept, *tokens) in enumerate(table):
-            room = self.limit - rows.lengths[row]
-            blocks.append(tokens[: min(kept + 1, room)] if rows.active[row] else [])
-        stops = self.find_stops(blocks)
-        for row, (kept, *_) in enumerate(table):
-            if not rows.active[row]:
-                rows.seen[row] = min(rows.seen[row] + count + 1, self.limit - 1)
-                continue
-            room = self.limit - rows.lengths[row]
-            drafted = min(count, room - 1)
-            if stops[row] is not None and self.pads:
-                del blocks[row][stops[row] - rows.lengths[row] :]
-            self.pace.learn(drafted, min(kept, drafted))
-            self.drafted[row, :drafted] += 1
-            self.accepted[row, : min(kept, len(blocks[row]))] += 1
-        self.pace.forget()
+        blocks = [
+            self.cut(tokens[: min(kept + 1, self.limit - length)]) if active else []
+            for (kept, *tokens), length, active in zip(table, rows.lengths, rows.active, strict=True)
+        ]
         self.write(blocks, count + 1)
-
         if self.fresh_BQD is None:
             self.fresh_BQD, self.fresh_starts = self.states_BQD, list(rows.lengths)
             self.grown = [max(1, len(block)) for block in blocks]
         else:
             self.fresh_BQD = torch.cat([self.fresh_BQD, self.states_BQD[:, :1]], dim=1)
             self.grown = [new + 1 for new in self.grown]
-        for row in range(batch):
-            if not rows.active[row]:
+        before = list(rows.lengths)
+        for row, block in enumerate(blocks):
+            if not block:
+                rows.seen[row] = min(rows.seen[row] + count + 1, self.limit - 1)
                 continue
-            rows.lengths[row] += len(blocks[row])
+            rows.lengths[row] += len(block)
             rows.seen[row] = rows.lengths[row] - 1
-            rows.stops[row] = stops[row] if rows.stops[row] is None else rows.stops[row]
-            rows.active[row] = rows.lengths[row] < self.limit and not (self.pads and rows.stops[row] is not None)
-        self.stream()
+            if rows.lengths[row] == self.limit or block[-1] in rows.eos:
+                rows.stop(row, rows.lengths[row])
+            rows.active[row] = rows.active[row] and rows.lengths[row] < self.limit
+        self.catch_up()
+
+        for row, (kept, *_) in enumerate(table):
+            if blocks[row]:
+                drafted = min(count, self.limit - before[row] - 1)
+                self.pace.learn(drafted, min(kept, drafted))
+                self.drafted[row, :drafted] += 1
+                self.accepted[row, : min(kept, drafted, max(0, rows.lengths[row] - before[row]))] += 1
+        self.pace.forget()
+
+    def cut(self, block: list[int]) -> list[int]:
+        """A row's new tokens, up to one that ends it."""
+        end = next((place for place, token in enumerate(block) if token in self.rows.eos), len(block))
+        return block[: end + 1]
 
     def write(self, blocks: list[list[int]], width: int) -> None:
         """The tokens of each block behind its row, padding behind them over what is left of the drafts."""
@@ -563,26 +264,27 @@ class Speculation:
         tokens_BQ = torch.tensor(padded, device=rows.sequences_BS.device)
         Columns(rows.lengths, width, tokens_BQ.device).put(rows.sequences_BS, tokens_BQ)
 
-    def find_stops(self, blocks: list[list[int]]) -> list[int | None]:
-        """The length at which each row stops within its block of new tokens, None where it does not."""
+    def catch_up(self) -> None:
+        """What plain decoding does behind each token, for the lengths that all rows have come to meanwhile: hands the
+        token to the streamer and asks the criteria, which see the rows as there. A row that was ahead loses what lies
+        behind its stop."""
         rows = self.rows
-        stops: list[int | None] = []
-        for length, block in zip(rows.lengths, blocks, strict=True):
-            ends = [length + place + 1 for place, token in enumerate(block) if token in self.eos]
-            ends += [self.limit] if length + len(block) >= self.limit and block else []
-            stops.append(min(ends, default=None))
-        if self.criteria:
-            self.write(blocks, max(map(len, blocks)))
-            scores = None if self.scores is None else tuple(self.scores)
-            grown = zip(rows.lengths, blocks, strict=True)
-            for length in sorted({first + place + 1 for first, block in grown for place in range(len(block))}):
-                told = self.criteria(rows.sequences_BS[:, :length], scores and scores[: length - self.first_length])
-                for row, stop in enumerate(told.tolist()):
-                    inside = rows.lengths[row] < length <= rows.lengths[row] + len(blocks[row])
-                    earliest = stops[row]
-                    if stop and inside and (earliest is None or length < earliest):
-                        stops[row] = length
-        return stops
+        while self.judged < self.ready():
+            self.judged += 1
+            if self.streamer is not None:
+                self.streamer.put(rows.sequences_BS[:, self.judged - 1].cpu())
+            if self.criteria:
+                scores = None if self.scores is None else tuple(self.scores[: self.judged - self.first_length])
+                told = self.criteria(rows.sequences_BS[:, : self.judged], scores).tolist()
+                for row, stop in enumerate(told):
+                    if stop:
+                        rows.stop(row, self.judged)
+
+    def ready(self) -> int:
+        """The length that all rows have, those that are done with padding."""
+        rows = self.rows
+        going = [length for length, stop in zip(rows.lengths, rows.stops, strict=True) if stop is None or not rows.pads]
+        return min(going if None in rows.stops else [*going, self.length])
 
     def record(self, logits_BQV: torch.Tensor, scores_BQV: torch.Tensor) -> None:
         """Keeps scores and logits for the output, by the place of the token they are for."""
@@ -602,21 +304,7 @@ class Speculation:
         return max(stop for stop in self.rows.stops if stop is not None)
 
     def unfinished(self) -> bool:
-        rows = self.rows
-        return None in rows.stops or (not self.pads and min(rows.lengths) < self.length)
-
-    def stream(self) -> None:
-        """A token of every row at a time, as soon as the slowest has it."""
-        if self.streamer is None:
-            return
-        rows = self.rows
-        waiting = [length for length, stop in zip(rows.lengths, rows.stops, strict=True) if stop is None]
-        ready = min(waiting) if waiting else self.length
-        if not self.pads:
-            ready = min(ready, *rows.lengths)
-        for place in range(self.streamed, ready):
-            self.streamer.put(rows.sequences_BS[:, place].cpu())
-        self.streamed = max(self.streamed, ready)
+        return None in self.rows.stops or self.judged < self.length
 
     @contextmanager
     def rows_paced(self) -> Iterator[None]:
@@ -641,8 +329,7 @@ class Speculation:
         logits_BQV = self.forward(rows.seen, self.length - 1 - start)
         if self.scores is not None or self.logits is not None:
             logits_BQV = logits_BQV.to(rows.sequences_BS.device, torch.float32)
-            places = [start + 1] * len(rows.seen)
-            self.record(logits_BQV, process_scores(rows.processors, rows.sequences_BS, places, logits_BQV))
+            self.record(logits_BQV, rows.scores(logits_BQV, [start + 1] * len(rows.seen)))
         rows.seen = [self.length - 1] * len(rows.seen)
 
     def output(self) -> SpeculativeOutput | torch.Tensor:
@@ -673,6 +360,9 @@ def check_speculation(model: Any, generation_config: GenerationConfig, mode_kwar
             "`use_mtp=True` drafts with MTP modules, and this model has none (`num_nextn_predict_layers=0`); load a "
             f"checkpoint that has them, {out}"
         )
+    most = generation_config.num_assistant_tokens
+    if not isinstance(most, int) or most < 0:
+        raise ValueError(f"`num_assistant_tokens` bounds the drafts of a round, so it is 0 or more; got {most!r}")
     if (generation_config.num_beams or 1) > 1:
         raise ValueError(f"`use_mtp=True` cannot go with beam search (num_beams={generation_config.num_beams}); {out}")
     for name in ("prompt_lookup_num_tokens", "assistant_early_exit", "assistant_ensemble_weight", "dola_layers"):
@@ -689,6 +379,14 @@ def check_speculation(model: Any, generation_config: GenerationConfig, mode_kwar
         raise ValueError(
             "`use_mtp=True` needs a different number of passes in each process, and `synced_gpus` (FSDP, ZeRO-3) the "
             f"same; {out}"
+        )
+    if (
+        getattr(model.prepare_inputs_for_generation, "__func__", None)
+        is not GenerationMixin.prepare_inputs_for_generation
+    ):
+        raise ValueError(
+            "`use_mtp=True` prepares the inputs itself and would ignore this model's own "
+            f"`prepare_inputs_for_generation` (PEFT's prompt tuning sets one); {out}"
         )
     if generation_config.use_cache is False:
         raise ValueError(f"`use_mtp=True` needs a cache; leave `use_cache=False` out, {out}")

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,14 @@ def checkpoint(tmp_path_factory):
     """A folder with a plain model in float32."""
     folder = tmp_path_factory.mktemp("plain")
     tiny_model(**WIDE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def in_4_bits(checkpoint, tmp_path_factory):
+    """The same, quantised."""
+    folder = tmp_path_factory.mktemp("nf4")
+    loaded(checkpoint).save_pretrained(folder)
     return folder
 
 
@@ -140,8 +149,10 @@ def test_every_matrix_has_the_bits_of_bitsandbytes(name, checkpoint):
                 assert same_bits(ours[suffix], tensor), suffix
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in FORMATS), ("storage", torch.bfloat16), ("int8", torch.bfloat16)],
+)
 def test_logits_are_those_of_a_loop_over_linears(name, dtype, checkpoint):
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     model = loaded(checkpoint, name, dtype=dtype)
@@ -175,7 +186,7 @@ def test_saved_and_read_again(name, checkpoint, tmp_path):
         assert same_bits(tensor, states[1][key]), key
 
 
-@pytest.mark.parametrize("name", ["nf4", "double", "int8"])
+@pytest.mark.parametrize("name", ["double", "int8"])
 def test_checkpoints_written_expert_by_expert_by_others(name, checkpoint, tmp_path):
     """Every matrix as the state of one of bitsandbytes' layers; nothing here is written by the code under test."""
     settings = FORMATS[name]
@@ -225,7 +236,7 @@ class Sizes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", ["nf4", "double", "int8"])
+@pytest.mark.parametrize("name", ["double", "int8"])
 @pytest.mark.parametrize("group", [1, 3, 100])
 def test_products_and_gradients_by_groups_of_experts(name, group, checkpoint, monkeypatch):
     monkeypatch.setattr(quantization, "CPU_WORKSPACE", group * 128 * 64 * 4)
@@ -342,7 +353,7 @@ def test_absorbed_attention_reads_a_quantised_kv_b_proj(name, checkpoint):
     assert type(attention.kv_b_proj).__module__.startswith("bitsandbytes")
     answer = attention.train().kv_b_proj(torch.eye(64)).T  # to the unit vectors
     for _ in range(2):  # the first forward pass of int8 moves its scales
-        assert relative(attention.kv_b_weight().flatten(0, 1), answer) < 1e-6
+        assert relative(attention.kv_b_weight(torch.device("cpu")).flatten(0, 1), answer) < 1e-6
         model.eval()
         logits(model)
     if name == "nf4":  # int8 rounds the rows, of the latents here and of the queries there
@@ -414,6 +425,23 @@ def test_dequantized_model_is_a_plain_one(name, checkpoint, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert not hasattr(again.config, "quantization_config")
     assert torch.equal(logits(again), logits(model))
+
+
+def test_dequantized_in_another_dtype(checkpoint):
+    whole = loaded(checkpoint).dequantize().state_dict()
+    for dtype in (torch.bfloat16, "bfloat16"):
+        model = loaded(checkpoint).dequantize(dtype)
+        assert torch.isfinite(logits(model)).all()
+        for key, tensor in model.state_dict().items():
+            expected = whole[key] if key.endswith("e_score_correction_bias") else whole[key].bfloat16()
+            assert same_bits(tensor, expected), key
+
+
+def test_a_dictionary_says_the_same(checkpoint):
+    settings = {"quant_method": "bitsandbytes", **NF4}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=settings)
+    assert torch.equal(logits(model), logits(loaded(checkpoint)))
+    assert model.config.quantization_config.llm_int8_skip_modules == ["lm_head", "score", "kv_b_proj"]
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # PEFT calls it
@@ -577,9 +605,9 @@ def test_automatic_device_map_counts_quantised_bytes(checkpoint):
         (lambda t: t.update({"model.layers.9.weight.absmax": torch.zeros(1)}), "holds model.layers.9.weight.absmax"),
     ],
 )
-def test_broken_files(edit, message, checkpoint, tmp_path):
-    loaded(checkpoint).save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
+def test_broken_files(edit, message, in_4_bits, tmp_path):
+    shutil.copy(in_4_bits / "config.json", tmp_path)
+    tensors = load_file(in_4_bits / "model.safetensors")
     edit(tensors)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
