@@ -155,7 +155,9 @@ _CONVERSION = "peft.utils.transformers_weight_conversion"
 PEFT_VERSIONS = "0.21"
 """What this was tried with. Most of the following is private to PEFT and may be gone in another version."""
 PEFT_NAMES = {
-    (_TARGETS, "BaseTuner.inject_adapter"): ("self", "model", "adapter_name"),
+    (_TARGETS, "BaseTuner.inject_adapter"): (
+        "self", "model", "adapter_name", "autocast_adapter_dtype", "low_cpu_mem_usage", "state_dict",
+    ),
     (_TARGETS, "check_target_module_exists"): ("config", "key"),
     (_TARGETS, "check_adapters_to_merge"): ("module", "adapter_names"),
     (_CONVERSION, "convert_peft_config_for_transformers"): ("peft_config", "model"),
@@ -167,7 +169,7 @@ PEFT_NAMES = {
     (_LAYERS, "LoraLayer._move_adapter_to_device_of_base_layer"): ("self", "adapter_name"),
     (_LAYERS, "LoraLayer._cast_input_dtype"): ("self", "x", "dtype"),
     ("peft.tuners.lora.config", "LoraConfig._register_custom_module"): ("self", "mapping"),
-}
+}  # fmt: skip
 """Names of PEFT's that are called or replaced here and in the files of the targets and the modules, with their first
 parameters."""
 
@@ -224,7 +226,7 @@ def unknown_names() -> list[str]:
     unknown = []
     for (module, path), parameters in PEFT_NAMES.items():
         found = _found(module, path)
-        if found is None or tuple(inspect.signature(found).parameters)[: len(parameters)] != parameters:
+        if not callable(found) or tuple(inspect.signature(found).parameters)[: len(parameters)] != parameters:
             unknown.append(f"{module}.{path}({', '.join(parameters)})")
     return unknown
 
@@ -249,15 +251,16 @@ def _hook(model_class: type[nn.Module]) -> None:
     inject = tuner.inject_adapter
 
     @functools.wraps(inject)
-    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+    def inject_adapter(self, model, adapter_name, *args, state_dict=None, **kwargs):
         if not ours(model):
-            return inject(self, model, adapter_name, *args, **kwargs)
+            return inject(self, model, adapter_name, *args, state_dict=state_dict, **kwargs)
         if unknown:
             _refuse_peft(f"which lacks {', '.join(unknown)}")
         config = self.peft_config[adapter_name]
         settle_targets(config, model)
+        names = None if state_dict is None else stack_experts(state_dict)  # in which PEFT looks for modules
         try:
-            result = inject(self, model, adapter_name, *args, **kwargs)
+            result = inject(self, model, adapter_name, *args, state_dict=names, **kwargs)
         finally:
             unwrap_unadapted(model)
         if getattr(config, "target_parameters", None):  # `settle_targets` leaves none

@@ -23,7 +23,9 @@ from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
+    inject_adapter_in_model,
     prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -657,6 +659,11 @@ def test_every_way_of_loading(tmp_path):
     state = get_peft_model_state_dict(native)
     assert set(state) == {name.removeprefix("base_model.model.") for name in in_file(ALL)}
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "native")), expected)
+    by_state = inject_adapter_in_model(
+        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), tiny_model(), state_dict=state
+    )
+    set_peft_model_state_dict(by_state, state)
+    assert torch.equal(logits(by_state), expected)
     fresh = tiny_model()
     fresh.load_adapter(peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), adapter_state_dict=state)
     assert torch.equal(logits(fresh), expected)
