@@ -25,7 +25,7 @@ from transformers.generation import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 import modeling_deepseek.speculation as speculation
-from modeling_deepseek.drafting import Pace, Rows, round_costs
+from modeling_deepseek.drafting import Drafter, Pace, Rows, round_costs
 from modeling_deepseek.row_cache import Columns, RowLayer
 from modeling_deepseek.speculation import keep_greedy, keep_sampled
 from tests.caches import LOSSLESS, MAX_LENGTH, new_cache
@@ -549,15 +549,25 @@ def test_drafts_are_those_of_full_passes(modules, state, monkeypatch):
         best[:, :-1] = drafts_BK
         return kept, best
 
+    # Rounds without drafts between them: what the modules missed they see later, or when too much of it waits.
+    counts, widths, own_draft = itertools.cycle([4, 0, 0, 0, 4]), [], Drafter.draft
+
     def counted(self, rooms):
         checked.append([])
-        return min(4, max(rooms)) if max(rooms) >= modules else 0
+        return min(next(counts), max(rooms)) if max(rooms) >= modules else 0
 
+    def draft(self, count, states_BQD, *args):
+        widths.append((count, states_BQD.shape[1]))
+        own_draft(self, count, states_BQD, *args)
+
+    monkeypatch.setattr(Drafter, "draft", draft)
+    monkeypatch.setattr(speculation, "MOST_WAITING", 2)
     monkeypatch.setattr(speculation, "keep_greedy", settled)
     monkeypatch.setattr(Rows, "add_draft", add_draft)
     monkeypatch.setattr(Pace, "choose", counted)
-    generate(model, input_ids, attention_mask=LEFT_MASK, max_new_tokens=7, use_mtp=True)
+    generate(model, input_ids, attention_mask=LEFT_MASK, max_new_tokens=10, use_mtp=True)
     assert sum(map(len, checked)) > 5
+    assert (0, 2) in widths
 
 
 # Sampling.
