@@ -14,6 +14,7 @@ R qk_rope_head_dim.
 """
 
 import copy
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -207,6 +208,13 @@ class LatentBatchingManager(ContinuousBatchingManager):
         if max_new_tokens is None and self.generation_config.max_new_tokens is None:
             max_new_tokens = max(1, self.model.config.max_position_embeddings - len(input_ids))
         return super().add_request(input_ids, request_id, max_new_tokens, **kwargs)
+
+    def start(self) -> None:
+        """As transformers', but a program that ends without `stop` (a server that is interrupted) does not wait for
+        the thread for ever: it is a daemon, as what a daemon starts."""
+        starter = threading.Thread(target=super().start, daemon=True)
+        starter.start()
+        starter.join()
 
     def _generation_step(self) -> None:
         # A prompt with several samples is forked before its last token, and may have no other that is new.

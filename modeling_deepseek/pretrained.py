@@ -217,12 +217,14 @@ class DeepseekPreTrainedModel(PreTrainedModel):
         elif pretrained_model_name_or_path is not None:
             # The configuration takes these from kwargs and does not give them back; the weights need them too.
             where = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            # "auto" is for the weights: the configuration would take it for its own dtype, in place of the file's.
+            auto = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if kwargs.get(name) == "auto"}
             config, kwargs = cls.config_class.from_pretrained(
                 config if config is not None else pretrained_model_name_or_path,
                 return_unused_kwargs=True,
                 **kwargs,
             )
-            kwargs = {**where, **kwargs}
+            kwargs = {**where, **auto, **kwargs}
         config = copy.deepcopy(config)
         stored_as = getattr(config, "quantization_config", None)
         with_bitsandbytes = is_bitsandbytes(quantization_config)

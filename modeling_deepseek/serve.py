@@ -4,6 +4,10 @@
 
 All arguments are those of `transformers serve`. That command itself takes the class of this name from transformers,
 whatever the Auto classes or the code beside the checkpoint say, and so this process shows it ours under the name.
+
+What that server ignores is ignored here: temperature and top_p count only where the model's generation configuration
+samples, `n` not at all, and with `--continuous-batching` neither `stop` does, nor any sampling parameter of a request
+after the first, which sets them for all.
 """
 
 import sys

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -512,8 +513,8 @@ def ask(url: str, question: str, stream: bool = False, **settings) -> tuple[int,
 
 
 @contextlib.contextmanager
-def server(tmp_path: Path, *arguments: str) -> Iterator[str]:
-    """A process of `python -m modeling_deepseek.serve` on the teacher, once it answers."""
+def server(tmp_path: Path, *arguments: str, ends_by: int = signal.SIGTERM) -> Iterator[str]:
+    """A process of `python -m modeling_deepseek.serve` on the teacher, once it answers. It ends by the signal alone."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
@@ -535,13 +536,16 @@ def server(tmp_path: Path, *arguments: str) -> Iterator[str]:
             time.sleep(0.3)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        process.terminate()
-        process.wait()
+        process.send_signal(ends_by)
+        try:
+            process.wait(timeout=30)
+        finally:
+            process.kill()
 
 
 def test_a_server_answers_many_at_once_with_these_classes(tmp_path, teacher):
     expected = expected_answers(teacher)
-    with server(tmp_path, "--continuous-batching") as url, ThreadPoolExecutor(8) as pool:
+    with server(tmp_path, "--continuous-batching", ends_by=signal.SIGINT) as url, ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda question: ask(url, question), QUESTIONS * 2))
         streamed = list(pool.map(lambda question: ask(url, question, stream=True), QUESTIONS))
         unlimited = ask(url, QUESTIONS[0], max_tokens=None)

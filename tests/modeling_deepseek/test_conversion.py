@@ -852,3 +852,11 @@ def test_floats_are_not_saved_under_the_name_of_fp8(tmp_path):
     assert config.quantization_config["quant_method"] == "fp8"
     DeepseekV3ForCausalLM._from_config(config).save_pretrained(tmp_path / "floats")
     assert "quantization_config" not in json.loads((tmp_path / "floats" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_dtype_of_the_file_is_found_by_auto(tmp_path, fp8):
+    """As `transformers serve` asks for it, of the class itself."""
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path, fp8=fp8)
+    model = DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert model.dtype == model.config.dtype == torch.bfloat16
