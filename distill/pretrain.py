@@ -1,6 +1,6 @@
 """A small model from nothing: corpus, tokenizer, weights. It makes the teacher and the base student that are bundled.
 
-    corpus (tokenizer, documents)  ->  model (random weights, trained)  ->  eval (its scores, its card)
+    corpus (tokenizer, documents)  ->  model (random weights, trained, taught to draft)  ->  eval (its scores, its card)
 
 The corpus is reasoning-gym problems with the worked solutions of `worked.py`, without the items of `eval`'s own
 reasoning-gym tasks. A DeepSeek model trains with its MTP loss and the update of its routers' bias. A killed run goes on
@@ -147,35 +147,64 @@ def write_corpus(recipe: PretrainRecipe, run: RunDir) -> Outcome:
 
 
 def train(recipe: PretrainRecipe, run: RunDir) -> Outcome:
-    """From random weights to `RUN/model`, by transformers' Trainer; a killed run goes on from its last checkpoint."""
+    """From random weights to `RUN/model`; a killed run goes on from its last checkpoint."""
     import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
+    training = fresh_folder(run / "training", fingerprint(recipe.model_dump(exclude={"evaluate", "description"})))
+    model = new_model(recipe, tokenizer)
+    state = _fit(model, tokenizer, recipe, run, training / "all", {})
+    model.to(getattr(torch, recipe.dtype))
+    log, more = state.log_history, {}
+    if recipe.drafting is not None:
+        taught = train_drafting(model, tokenizer, recipe, run, training / "drafting")
+        log, more = log + taught.log_history, {"drafting_steps": taught.global_step}
+    with replacing(run / "model") as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    write_json(run / "log.json", log)
+    loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+    return Outcome({"parameters": model.num_parameters(), "steps": state.global_step, **more, "final_loss": loss})
+
+
+def train_drafting(model: Any, tokenizer: Any, recipe: PretrainRecipe, run: RunDir, folder: Path) -> Any:
+    """Trains the MTP modules on their own output, beside the model as it will be stored, which stays as it is.
+
+    The loss of pretraining shows a module true states only; what it drafts beyond its first token, it drafts from its
+    own.
+    """
+    assert recipe.drafting is not None, "only a recipe with drafting has this part"
+    stored = next(model.parameters()).dtype
+    model.float().requires_grad_(False)
+    for module in model.model.layers[model.config.num_hidden_layers :]:
+        module.requires_grad_(True)
+    model.config.mtp_passes = recipe.drafting.passes
+    state = _fit(model, tokenizer, recipe, run, folder, recipe.drafting.training)
+    model.requires_grad_(True)
+    model.to(stored)
+    return state
+
+
+def _fit(model: Any, tokenizer: Any, recipe: PretrainRecipe, run: RunDir, folder: Path, changes: dict) -> Any:
+    """A training by transformers' Trainer, with `changes` to the recipe's arguments; its final state."""
     from datasets import load_from_disk
-    from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
     from modeling_deepseek import DeepseekTrainerCallback
 
-    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
-    training = fresh_folder(run / "training", fingerprint(recipe.model_dump(exclude={"evaluate", "description"})))
-    arguments = TrainingArguments(output_dir=str(training), report_to=[], **recipe.training)
-    model = new_model(recipe, tokenizer)
     trainer = Trainer(
         model,
-        args=arguments,
+        args=TrainingArguments(output_dir=str(folder), report_to=[], **{**recipe.training, **changes}),
         train_dataset=load_from_disk(run / "corpus"),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
     )
     if recipe.model["model_type"].startswith("deepseek"):
         DeepseekTrainerCallback.attach(trainer)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(training)))
-    with replacing(run / "model") as part:
-        model.to(getattr(torch, recipe.dtype)).save_pretrained(part)
-        tokenizer.save_pretrained(part)
-    log = trainer.state.log_history
-    write_json(run / "log.json", log)
-    loss = next((entry["loss"] for entry in reversed(log) if "loss" in entry), None)
-    return Outcome({"parameters": model.num_parameters(), "steps": trainer.state.global_step, "final_loss": loss})
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
+    return trainer.state
 
 
 def evaluate_model(recipe: PretrainRecipe, run: RunDir, progress: Progress | None) -> Outcome:
@@ -203,6 +232,9 @@ def card(recipe: PretrainRecipe, run: RunDir, scores: str) -> str:
     made, corpus = done["model"], done["corpus"]
     assert recipe.evaluate is not None, "the card is written after the evaluation"
     settings = ", ".join(f"{name} {value}" for name, value in recipe.evaluate.overrides.items())
+    taught = ""
+    if recipe.drafting is not None:
+        taught = f" Its MTP modules then had {made.counts['drafting_steps']:,} steps of their own, on their own output."
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -213,7 +245,7 @@ library_name: transformers
 
 {made.counts["parameters"]:,} parameters ({recipe.model["model_type"]}), {recipe.dtype}; trained from nothing on
 {corpus.counts["documents"]:,} documents ({corpus.counts["tokens"]:,} tokens) in {made.counts["steps"]:,} steps by
-`distill run recipes/{recipe.name}.yaml`, which makes it again.
+`distill run recipes/{recipe.name}.yaml`, which makes it again.{taught}
 
 Measured with `eval`, protocol {recipe.evaluate.protocol} ({settings}), on 200 held-out questions of each task:
 

@@ -354,9 +354,17 @@ class CharacterTokenizer(Strict):
     chat_template: str
 
 
+class Drafting(Strict):
+    """The MTP modules once more, alone, on what drafting feeds them: `passes` is the configuration's `mtp_passes`,
+    `training` the fields of TrainingArguments that differ from the recipe's."""
+
+    passes: int = Field(gt=1)
+    training: dict[str, Any]
+
+
 class PretrainRecipe(Strict):
-    """`model` holds `model_type` and the fields of its configuration, `training` those of TrainingArguments; `evaluate`
-    is asked of the finished model."""
+    """`model` holds `model_type` and the fields of its configuration, `training` those of TrainingArguments, `drafting`
+    what follows for its MTP modules; `evaluate` is asked of the finished model."""
 
     kind: Literal["pretrain"]
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
@@ -366,12 +374,17 @@ class PretrainRecipe(Strict):
     context: int = Field(gt=0)
     model: dict[str, Any]
     training: dict[str, Any]
+    drafting: Drafting | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     evaluate: Evaluate | None = None
 
     @model_validator(mode="after")
     def _names(self) -> "PretrainRecipe":
         _check_names("training", self.training, "TrainingArguments", training_fields())
+        if self.drafting is not None:
+            _check_names("drafting.training", self.drafting.training, "TrainingArguments", training_fields())
+            if not self.model.get("num_nextn_predict_layers"):
+                raise ValueError("drafting trains MTP modules, and model.num_nextn_predict_layers gives it none")
         if "model_type" not in self.model:
             raise ValueError("model.model_type is missing: it names the architecture (deepseek_v3, qwen2, llama, ...)")
         return self

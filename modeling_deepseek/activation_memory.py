@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from .counts import one_of, weights
+from .counts import mtp_passes, one_of, weights
 
 if TYPE_CHECKING:
     from .configuration_deepseek import DeepseekConfig
@@ -116,10 +116,12 @@ def activation_bytes(
     to it in the backward pass, when `checkpointing`, which keeps the layers' inputs only, computes it again. With
     `adapters` an upper bound: layers below the first adapter keep nothing at all."""
     main = config.num_hidden_layers
-    modules = config.num_nextn_predict_layers if mtp else 0
+    modules = mtp_passes(config) if mtp else 0
+    last = main + config.num_nextn_predict_layers - 1  # what further passes go through
+    moe = [config.is_moe_layer(min(index, last)) for index in range(main + modules)]
     layers = [
         saved_bytes_per_token(
-            config, moe=config.is_moe_layer(index), dtype_bytes=dtype_bytes, fused_norms=fused_norms,
+            config, moe=moe[index], dtype_bytes=dtype_bytes, fused_norms=fused_norms,
             adapters=adapters, mtp=index >= main,
         )
         for index in range(main + modules)
@@ -128,16 +130,17 @@ def activation_bytes(
     norm = state + 4 if fused_norms else (8 if adapters is None else 4) * config.hidden_size + 4
     for module in range(main, main + modules):
         # enorm, hnorm, what eh_proj multiplies, the norm before the head. What hnorm reads is what the head before it
-        # multiplies, except as a float32 copy.
-        shared = state if fused_norms or dtype_bytes == 4 else 0
+        # multiplies, except as a float32 copy, and except of a further pass, which sees it one column further.
+        shared = state if (fused_norms or dtype_bytes == 4) and module <= last else 0
         joined = _kept_input("mtp", 2 * config.hidden_size, 1, adapters, mtp=True, dtype_bytes=dtype_bytes)
         layers[module] += 3 * norm + joined - shared
     heads = norm + (1 + modules) * state  # the last norm, and what each head multiplies
     if checkpointing:
         # The input of a layer; of a module the embeddings ahead, beside what the head before it reads. The balance
         # loss is outside of the layers.
-        routing = sum(config.is_moe_layer(index) for index in range(main + modules)) * _balance_loss_bytes(config)
-        return tokens * (heads + state * len(layers) + routing), tokens * max(layers)
+        routing = sum(moe) * _balance_loss_bytes(config)
+        further = main + modules - 1 - last if modules else 0
+        return tokens * (heads + state * (len(layers) + further) + routing), tokens * max(layers)
     return tokens * (heads + sum(layers)), 0
 
 
@@ -150,7 +153,7 @@ def loss_bytes(
     at_once = max(1, config.logits_workspace_mib * 2**20 // (4 * config.vocab_size))
     if tokens > at_once:
         return at_once * config.vocab_size * (dtype_bytes + 12) + head_gradient_bytes
-    waiting = config.num_nextn_predict_layers if mtp else 0
+    waiting = mtp_passes(config) if mtp else 0
     return tokens * config.vocab_size * (dtype_bytes + 12 + waiting * (4 + dtype_bytes))
 
 

@@ -44,6 +44,8 @@ class DeepseekConfig(PreTrainedConfig):
             tokens.
         mtp_hidden_state: whether `hnorm` of an MTP module sees the main model's hidden state "after_norm" (default,
             as in most public code) or "before_norm".
+        mtp_passes: how often the last MTP module is applied in the loss. 1 (default) is V3's; further passes see the
+            module's own output, which is what it drafts from beyond the first token (our choice).
         bias_update_speed: gamma of the auxiliary-loss-free balancing (V3 2.1.2); V3 used 0.001.
         freeze_correction_bias: leaves `e_score_correction_bias` alone whatever the speed (V3's last 500B tokens).
         mla_path: "expanded", "absorbed", or "auto" (default): whichever costs fewer multiplications for the shapes.
@@ -133,6 +135,7 @@ class DeepseekConfig(PreTrainedConfig):
     freeze_correction_bias: bool = False
     mtp_loss_weight: float | int = 0.3
     mtp_hidden_state: str = "after_norm"
+    mtp_passes: int = 1
     mla_path: str = "auto"
     mla_workspace_mib: int = 512
     logits_workspace_mib: int = 512
@@ -210,6 +213,7 @@ class DeepseekConfig(PreTrainedConfig):
         "max_position_embeddings",
         "moe_layer_freq",
         "ep_size",
+        "mtp_passes",
         "mla_workspace_mib",
         "logits_workspace_mib",
     )

@@ -197,6 +197,12 @@ def linear_flops(config: "DeepseekConfig", *, mtp: bool = False, head: bool = Tr
     return flops + head * passes * 2 * config.vocab_size * config.hidden_size
 
 
+def mtp_passes(config: "DeepseekConfig") -> int:
+    """How many passes through MTP modules the loss takes: each once, the last `config.mtp_passes` times."""
+    modules = config.num_nextn_predict_layers
+    return modules + config.mtp_passes - 1 if modules else 0
+
+
 def attention_flops(config: "DeepseekConfig", path: str, *, pairs: float, cached_tokens: int = 0) -> float:
     """FLOPs of one layer's attention, beside its projections, for `pairs` of a query with a token it attends to.
 
@@ -258,9 +264,10 @@ def training_flops(
     """
     pairs = (context_tokens + 1) / 2 if causal else context_tokens
     attention = attention_flops(config, "expanded", pairs=pairs)
-    modules = config.num_nextn_predict_layers if mtp else 0
-    linear = linear_flops(config) + (linear_flops(config, mtp=True) if modules else 0)
-    return (2 if frozen else 3) * linear + 3 * (config.num_hidden_layers + modules) * attention
+    passes, linear = mtp_passes(config) if mtp else 0, float(linear_flops(config))
+    if passes:
+        linear += linear_flops(config, mtp=True) * passes / config.num_nextn_predict_layers
+    return (2 if frozen else 3) * linear + 3 * (config.num_hidden_layers + passes) * attention
 
 
 # Bytes

@@ -34,7 +34,7 @@ from .decoder_layer import DeepseekDecoderLayer
 from .layers import DeepseekRMSNorm, DeepseekRotaryEmbedding
 from .losses import token_losses, tokens_at_once
 from .moe import DeepseekMoE, load_balancing_loss
-from .mtp import DeepseekMTPLayer, same_document, shift_left, targets_ahead
+from .mtp import DeepseekMTPLayer, one_column_further, same_document, shift_left, targets_ahead
 from .packing import SequenceContext, documents, packed_positions, paged_context, sequence_context
 from .paged import LatentBatching
 from .parallel import check_generation
@@ -359,11 +359,12 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, LatentBatching, GenerationMix
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[torch.Tensor]]:
         """Cross-entropy of each MTP module's predictions (V3 2.2), from the stack's `outputs` for `inputs`.
 
-        Module k predicts at each position the target k positions further on in `targets_BS`.
+        Module k predicts at each position the target k positions further on in `targets_BS`. With `config.mtp_passes`
+        above 1 the last one does so again and again from its own output, as in drafting.
 
         Returns:
-            For each module the losses (B, S), 0 where there is no target, and where there is one (B, S, bool); and
-            the balance losses of the modules' experts, where the stack has computed its own.
+            For each module, and each further pass, the losses (B, S), 0 where there is no target, and where there is
+            one (B, S, bool); and the balance losses of the modules' experts, where the stack has computed its own.
         """
         past, length = inputs.get("past_key_values"), targets_BS.shape[1]
         if past is not None and past.get_seq_length() > length:
@@ -383,9 +384,17 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, LatentBatching, GenerationMix
         hidden_BSD = outputs.last_hidden_state if after_norm else outputs.pre_norm_hidden_state
         layer_kwargs = {name: value for name, value in inputs.items() if name not in _STACK_ARGUMENTS}
         losses, balance = [], []
-        for depth, layer in enumerate(self.model.layers[self.config.num_hidden_layers :], start=1):
+        passes = list(enumerate(self.model.layers[self.config.num_hidden_layers :], start=1))
+        last = len(passes)
+        passes += passes[-1:] * (self.config.mtp_passes - 1)
+        assert hidden_BSD is not None
+        seen_BSD = hidden_BSD
+        for number, (depth, layer) in enumerate(passes, start=1):
+            if number > last:
+                hidden_BSD = one_column_further(hidden_BSD, seen_BSD, context.documents_BS, context.valid_BS)
+            seen_BSD = hidden_BSD
             hidden_BSD, logits_TE, indices_TK, normed_BSD = layer(
-                hidden_BSD,
+                seen_BSD,
                 shift_left(embeds_BSD, depth),
                 position_embeddings=position_embeddings,
                 attention_mask=context.attention_mask,

@@ -39,6 +39,23 @@ def targets_ahead(labels_BS: torch.Tensor, documents_BS: torch.Tensor | None, st
     return ahead.masked_fill(~same_document(documents_BS, labels_BS, steps), -100)
 
 
+def one_column_further(
+    outputs_BSD: torch.Tensor,
+    inputs_BSD: torch.Tensor,
+    documents_BS: torch.Tensor | None,
+    valid_BS: torch.Tensor | None,
+) -> torch.Tensor:
+    """What a module sees that drafts on from its own output: at each position what it made of the one before, and what
+    it saw there where no position of the document comes before. (a, b, c) of (x, y, z) is (x, a, b)."""
+    begins_BS = torch.zeros(inputs_BSD.shape[:2], dtype=torch.bool, device=inputs_BSD.device)
+    if documents_BS is not None:
+        begins_BS[:, 1:] |= documents_BS.diff(dim=1).to(begins_BS.device) != 0
+    if valid_BS is not None:
+        begins_BS[:, 1:] |= ~valid_BS[:, :-1].to(begins_BS.device)
+    before_BSD = torch.cat([inputs_BSD[:, :1], outputs_BSD[:, :-1]], dim=1)
+    return torch.where(begins_BS[..., None], inputs_BSD, before_BSD)
+
+
 class SharedHead(nn.Module):
     """Holds the norm before the head. The head itself, and the embedding, are the main model's, not copies."""
 

@@ -20,6 +20,7 @@ SMALL = [
     "model.kv_lora_rank=16", "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=8", "model.v_head_dim=8",
     "training.per_device_train_batch_size=8", "training.save_steps=2", "training.disable_tqdm=true",
     "evaluate.limit=2", "evaluate.k=1", "evaluate.tasks=[rg_gcd]", "dtype=float32", "training.use_cpu=true",
+    "drafting.training.max_steps=2",
 ]  # fmt: skip
 
 
@@ -110,11 +111,38 @@ def test_training_moves_every_parameter_of_the_teacher_and_its_routers_bias(tmp_
     assert any("eh_proj" in name for name in after), "the MTP module is saved"
     still = [name for name, value in start.state_dict().items() if torch.equal(value, after[name])]
     assert not still
-    assert "rg_gcd" in (run / "card/README.md").read_text()
+    card = (run / "card/README.md").read_text()
+    assert "rg_gcd" in card
+    assert "in 6 steps" in card
+    assert "2 steps of their own" in card
     assert read_json(run / "eval/results.json")
     said: list[str] = []
     run_pretrain(recipe, run, say=said.append)
     assert said == ["corpus: done before", "model: done before", "eval: done before"]
+
+
+def test_drafting_trains_the_modules_beside_the_model_as_it_is_stored(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    def weights(name: str, *more: str):
+        run = RunDir(tmp_path / name)
+        run_pretrain(small("evaluate=null", "dtype=bfloat16", *more), run, say=lambda line: None)
+        model = AutoModelForCausalLM.from_pretrained(run / "model")
+        return model.config, model.state_dict()
+
+    (before, plain), (after, taught) = weights("plain", "drafting=null"), weights("taught")
+    assert (before.mtp_passes, after.mtp_passes) == (1, 4)
+    moved = {name for name in plain if not torch.equal(plain[name], taught[name])}
+    module = {name for name in plain if name.startswith("model.layers.2.")}
+    assert {name for name in module if plain[name].ndim > 1} <= moved <= module  # norms move by less than they round
+    assert {plain[name].dtype for name in module} == {taught[name].dtype for name in module}
+
+
+def test_drafting_without_modules_is_refused():
+    with pytest.raises(
+        ValueError, match=r"drafting trains MTP modules, and model.num_nextn_predict_layers gives it none"
+    ):
+        small("model.num_nextn_predict_layers=0")
 
 
 # On resuming, Trainer reads the checkpoint's config.json, which has the released key `rope_scaling`, as a bare config.

@@ -190,10 +190,11 @@ def test_prefill_flops_are_torchs(family, path):
 def test_training_flops_are_torchs():
     """Forward and backward of loss and MTP loss, without the masked half. The backward pass leaves out nothing but the
     gradient of the embeddings, which no product feeds."""
-    model = tiny_model("v3", num_nextn_predict_layers=2).train()
     ids = tokens(3, 32)
-    step = measured(model, lambda model: model(ids, labels=ids, use_cache=False).loss.backward())
-    assert training_flops(model.config, 32, causal=False) * 96 == step
+    for modules, passes in ((2, 1), (1, 3)):
+        model = tiny_model("v3", num_nextn_predict_layers=modules, mtp_passes=passes).train()
+        step = measured(model, lambda model: model(ids, labels=ids, use_cache=False).loss.backward())
+        assert training_flops(model.config, 32, causal=False) * 96 == step
     without = tiny_model("v3", num_nextn_predict_layers=0).train()
     step = measured(without, lambda model: model(ids, labels=ids, use_cache=False).loss.backward())
     assert training_flops(model.config, 32, causal=False, mtp=False) * 96 == step

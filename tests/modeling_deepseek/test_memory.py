@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM
 from modeling_deepseek.activation_memory import LORA_SETS, Adapters, activation_bytes
-from modeling_deepseek.counts import weight_bytes
+from modeling_deepseek.counts import mtp_passes, weight_bytes
 from modeling_deepseek.inference_cost import serving_memory
 from modeling_deepseek.training_cost import estimate_training
 
@@ -287,16 +287,14 @@ def autograd_keeps(model, config) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(input_ids=ids, labels=ids, use_cache=False)
     log_probabilities = 128 * config.vocab_size * 4
-    return (
-        sum(storage.nbytes() for storage in kept.values()) - (1 + config.num_nextn_predict_layers) * log_probabilities
-    )
+    return sum(storage.nbytes() for storage in kept.values()) - (1 + mtp_passes(config)) * log_probabilities
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"num_nextn_predict_layers": 2}, {"q_lora_rank": None, "n_group": 1, "topk_group": 1}, DENSE],
+    [{}, {"num_nextn_predict_layers": 2, "mtp_passes": 2}, {"q_lora_rank": None, "n_group": 1, "topk_group": 1}, DENSE],
     ids=["", "MTP", "no groups", "dense"],
 )
 def test_activations_are_what_autograd_keeps(dtype, checkpointing, overrides):

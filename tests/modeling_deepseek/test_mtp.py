@@ -81,7 +81,8 @@ def balance(logits_TE: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
 
 def written_out(model: DeepseekV3ForCausalLM, document: torch.Tensor) -> dict[str, list]:
     """For a document t_1 .. t_T, (T,): the cross-entropy of every prediction and the balance loss of every layer, for
-    depth 0 (the main model), 1, ... Module k runs on the first T - k positions only."""
+    depth 0 (the main model), 1, ... Module k runs on the first T - k positions only. Passes beyond the modules are the
+    last one's: at position i it goes on from its own output at i - 1, at the first from what it saw before."""
     embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
     layers, main = model.model.layers, model.config.num_hidden_layers
     rope = model.model.rotary_emb(torch.arange(len(document))[None])
@@ -96,10 +97,15 @@ def written_out(model: DeepseekV3ForCausalLM, document: torch.Tensor) -> dict[st
     balances = [balances]
     if model.config.mtp_hidden_state == "before_norm":
         hidden = before_norm
-    for depth, layer in enumerate(layers[main:], start=1):
+    passes, seen = list(enumerate(layers[main:], start=1)), hidden
+    for again in range(-len(passes), model.config.mtp_passes - 1):
+        depth, layer = passes[min(again, -1)]
         length = len(document) - depth
         if length < 1:
             break
+        if again >= 0:
+            hidden = torch.cat([seen[:, :1], hidden[:, :-1]], dim=1)
+        seen = hidden[:, :length]
         joined = [rms_norm(embedding[document[depth:]][None], layer.enorm), rms_norm(hidden[:, :length], layer.hnorm)]
         rope = [part[:, :length] for part in rope]
         joined = torch.cat(joined, -1) @ layer.eh_proj.weight.T
@@ -117,7 +123,7 @@ def expected_parts(model: DeepseekV3ForCausalLM, documents: list[torch.Tensor]) 
     """lm, mtp (one value a depth) and aux over all documents: token means, and means over the documents that have a
     token at the depth."""
     each = [written_out(model, document) for document in documents]
-    depths = range(model.config.num_nextn_predict_layers + 1)
+    depths = range(model.config.num_nextn_predict_layers + model.config.mtp_passes)
     means = []
     for depth in depths:
         losses = torch.cat([one["losses"][depth] for one in each if len(one["losses"]) > depth])
@@ -182,9 +188,9 @@ LENGTHS = [6, 2, 9, 1, 3]
 
 
 @pytest.mark.parametrize("hidden_state", ["after_norm", "before_norm"])
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_loss_is_the_paper_s(depth, hidden_state):
-    model = mtp_model(depth, mtp_hidden_state=hidden_state)
+@pytest.mark.parametrize(("depth", "passes"), [(1, 1), (2, 1), (3, 1), (1, 4), (2, 3)])
+def test_loss_is_the_paper_s_and_goes_on_as_drafts_do(depth, passes, hidden_state):
+    model = mtp_model(depth, mtp_hidden_state=hidden_state, mtp_passes=passes)
     ids = tokens(2, 9)
     expected = expected_parts(model, list(ids))
     assert_parts(model(ids, labels=ids), expected)
@@ -193,10 +199,10 @@ def test_loss_is_the_paper_s(depth, hidden_state):
 
 
 @pytest.mark.parametrize("layout", ["right", "left", "packed", "packed and padded"])
-@pytest.mark.parametrize("depth", [1, 2])
-def test_packed_and_padded_documents_lose_as_if_alone(depth, layout):
+@pytest.mark.parametrize(("depth", "passes"), [(1, 1), (1, 3), (2, 1), (2, 2)])
+def test_packed_and_padded_documents_lose_as_if_alone(depth, passes, layout):
     """With documents too short for a target, or for a single position, at some depth."""
-    model = mtp_model(depth)
+    model = mtp_model(depth, mtp_passes=passes)
     documents = [tokens(1, length, seed=length)[0] for length in LENGTHS]
     expected = expected_parts(model, documents)
     output = model(**in_layout(documents, layout))
