@@ -16,8 +16,10 @@ R qk_rope_head_dim.
 import copy
 import threading
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
+from time import monotonic
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,8 +34,14 @@ from transformers.generation.continuous_batching import (
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.generation.continuous_batching.utils import WorkloadHints
+from transformers.utils import logging
 
 from .configuration_deepseek import DeepseekConfig
+
+logger = logging.get_logger(__name__)
+
+# Whether the one who starts a manager does nothing but wait for its results, and may as well work for them.
+CALLER_WAITS = ContextVar("CALLER_WAITS", default=False)
 
 # A group takes in one more request while padding all to its longest keeps the scores to compute under this multiple
 # of the wanted ones, or under so many more: a group of its own costs about as much as that. And while all heads'
@@ -176,6 +184,21 @@ def page_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return view
 
 
+class WaitingCaller:
+    """In place of the manager's thread: the thread that waits for results takes the steps itself. On a CPU each thread
+    has a team of OpenMP's own, and two teams on the same cores wait for each other at each product: a small model is
+    more than twice as slow in a second thread."""
+
+    def __init__(self) -> None:
+        self.alive = True
+
+    def is_alive(self) -> bool:
+        return self.alive
+
+    def join(self, timeout: float | None = None) -> None:
+        self.alive = False
+
+
 class LatentBatchingManager(ContinuousBatchingManager):
     """transformers' manager, with pages of latents and without the paths that would read them as keys and values.
 
@@ -207,14 +230,42 @@ class LatentBatchingManager(ContinuousBatchingManager):
         check_request(self.model.config, input_ids, 0)
         if max_new_tokens is None and self.generation_config.max_new_tokens is None:
             max_new_tokens = max(1, self.model.config.max_position_embeddings - len(input_ids))
+        while isinstance(self._generation_thread, WaitingCaller) and self.input_queue.full() and self.is_running():
+            self._take_step()
         return super().add_request(input_ids, request_id, max_new_tokens, **kwargs)
 
     def start(self) -> None:
         """As transformers', but a program that ends without `stop` (a server that is interrupted) does not wait for
-        the thread for ever: it is a daemon, as what a daemon starts."""
+        the thread for ever: it is a daemon, as what a daemon starts. Within `generate_batch` there is no thread."""
+        if CALLER_WAITS.get() and not self.is_running():
+            self.background_thread_status.clear()
+            self.batch_processor, self.current_batch = self._create_batch_processor(), 0
+            self._generation_thread = WaitingCaller()  # type: ignore[assignment]
+            return
         starter = threading.Thread(target=super().start, daemon=True)
         starter.start()
         starter.join()
+
+    def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
+        """As transformers'; within `generate_batch` it takes the steps that lead to the next result."""
+        if isinstance(self._generation_thread, WaitingCaller):
+            end = None if timeout is None else monotonic() + timeout
+            while self.output_router.output_queue.empty() and self.is_running() and (end is None or monotonic() < end):
+                self._take_step()
+        return super().get_result(request_id, timeout)
+
+    def _take_step(self) -> None:
+        """What transformers' `_run_generation_loop` does again and again, with its ends."""
+        going_on = False
+        try:
+            assert self.batch_processor is not None
+            going_on = self._generation_loop_body(self.batch_processor, bootstrapping=False)
+        except Exception as error:
+            logger.error("Error in generation loop: %s", error, exc_info=True)
+            self._handle_critical_error(error, self.batch_processor)
+        if not going_on:
+            self.background_thread_status.mark_as_stopped()
+            self._generation_thread.alive = False  # type: ignore[attr-defined]
 
     def _generation_step(self) -> None:
         # A prompt with several samples is forked before its last token, and may have no other that is new.
@@ -342,6 +393,7 @@ class LatentBatching(ContinuousMixin):
         for prompt in prompts:
             check_request(self.config, prompt, generation_config.max_new_tokens)  # type: ignore[attr-defined]
         was_training = self.training  # type: ignore[attr-defined]
+        waiting = CALLER_WAITS.set(True)
         try:
             results = super().generate_batch(
                 prompts,
@@ -353,6 +405,7 @@ class LatentBatching(ContinuousMixin):
                 warmup=warmup,
             )
         finally:
+            CALLER_WAITS.reset(waiting)
             self.train(was_training)  # type: ignore[attr-defined]  # the manager has switched to evaluation
         failed = {name: result.error for name, result in results.items() if result.error is not None}
         wanted = len(prompts) * (generation_config.num_return_sequences or 1)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -476,6 +477,46 @@ def test_requests_that_fail_are_an_exception_that_holds_the_rest(monkeypatch):
     (result,) = error.value.results.values()
     assert result.error is None
     assert len(result.generated_tokens) == 24
+
+
+@pytest.mark.parametrize("queue", [0, 2])
+def test_the_caller_of_generate_batch_does_the_work_itself(queue, monkeypatch):
+    """In a second thread, OpenMP would make a small model more than twice as slow on a CPU. A queue shorter than the
+    prompts, for which transformers waits for its thread, is worked off on the way."""
+    model, prompts, workers = tiny_model(), ragged(), set()
+    expected, forward = padded_generate(model, prompts), model.model.forward
+
+    def seen(*args, **kwargs):
+        workers.add(threading.current_thread())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", seen)
+    assert batched(model, prompts, max_queue_size=queue) == expected
+    assert workers == {threading.current_thread()}
+    with model.continuous_batching_context_manager(
+        GREEDY, continuous_batching_config=ContinuousBatchingConfig(**SMALL_PAGES)
+    ) as manager:
+        manager.add_request(prompts[0])
+        assert next(iter(manager)).generated_tokens == expected[0]
+    assert len(workers) == 2
+
+
+def test_an_interrupted_batch_leaves_the_model_as_it_was(monkeypatch):
+    model, prompts = tiny_model().train(), ragged()
+    expected, forward, calls = padded_generate(model, prompts), model.model.forward, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        batched(model, prompts)
+    assert len(calls) == 3
+    assert model.training
+    assert batched(model, prompts) == expected
 
 
 # A server.
