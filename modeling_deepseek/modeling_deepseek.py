@@ -413,6 +413,12 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, LatentBatching, GenerationMix
                     balance.append(self.model.balance_loss(logits_TE, indices_TK, context, valid_BS))
         return losses, balance
 
+    def adjust_generation_fn(self, generation_config, *args, **kwargs):
+        """A checkpoint that drafts by default does not where its MTP modules are left out."""
+        super().adjust_generation_fn(generation_config, *args, **kwargs)  # type: ignore[misc]  # a self-type
+        if generation_config is None and not self.config.num_nextn_predict_layers:
+            self.generation_config.use_mtp = None
+
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         check_generation(self, generation_config)
         if generation_config.use_mtp:

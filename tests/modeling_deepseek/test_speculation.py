@@ -310,6 +310,10 @@ def test_the_generation_config_can_say_so(tmp_path):
     assert generate(loaded, **prompts(1), num_assistant_tokens=2).drafted.shape == (1, 2)
     assert not hasattr(generate(loaded, **prompts(1), use_mtp=False), "drafted")
     assert isinstance(generate(loaded, **prompts(1), return_dict_in_generate=False), torch.Tensor)
+    without = AutoModelForCausalLM.from_pretrained(tmp_path, num_nextn_predict_layers=0)
+    assert_same(generate(without, **prompts(1)), generate(loaded, **prompts(1), use_mtp=False))
+    with pytest.raises(ValueError, match="this model has none"):
+        generate(without, **prompts(1), use_mtp=True)
 
 
 def test_layers_on_disk(tmp_path, good_drafts):
