@@ -22,13 +22,10 @@ PEFT is imported where it is used, never by this file itself: it travels with ch
 
 import functools
 import importlib
-import importlib.abc
-import importlib.util
 import inspect
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -37,6 +34,7 @@ from torch import nn
 
 from .adapted_experts import PROJECTIONS, AdaptedExperts, AdaptedProjection, ExpertProjection
 from .adapter_targets import settle_targets, unwrap_unadapted
+from .on_import import OnImport
 
 ELEMENTWISE = ("linear", "dare_linear", "dare_ties")
 """The ways of PEFT's `add_weighted_adapter` that are the same for a stack as for each of its matrices."""
@@ -180,34 +178,7 @@ def teach_peft(model_class: type[nn.Module]) -> None:
     if sys.modules.get("peft") is not None:
         _hook(model_class)
     else:
-        sys.meta_path.insert(0, _OnImport(model_class))
-
-
-class _OnImport(importlib.abc.MetaPathFinder):
-    """Finds PEFT as Python would, and hooks it as soon as it has run: importing it here takes seconds."""
-
-    def __init__(self, model_class: type[nn.Module]):
-        self.model_class = model_class
-        self.searching = False
-
-    def find_spec(self, fullname, path, target=None):
-        if fullname != "peft" or self.searching:
-            return None
-        self.searching = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self.searching = False
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            _hook(self.model_class)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one import's loader
-        return spec
+        sys.meta_path.insert(0, OnImport({"peft": lambda _: _hook(model_class)}))
 
 
 def _found(module: str, path: str) -> Any:

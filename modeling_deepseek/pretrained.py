@@ -70,6 +70,7 @@ TRAVELLING_FILES = (
     "losses.py",
     "adapted_experts.py",
     "adapter_targets.py",
+    "on_import.py",
     "adapters.py",
     "conversion.py",
     "quantization.py",

@@ -6,11 +6,12 @@ same, so it is enough to put this package, whose attributes load on first use, i
 so at once where the Auto classes are loaded already, and otherwise the moment they are.
 """
 
-import importlib.abc
-import importlib.util
 import sys
+from functools import partial
 from types import ModuleType
 from typing import Any
+
+from .on_import import OnImport
 
 CONFIGS = {
     "deepseek_v2": "DeepseekV2Config",
@@ -29,6 +30,8 @@ _MISSING = object()
 
 # What `unregister` puts back: (dict, key, what stood there).
 _replaced: list[tuple[dict, str, Any]] = []
+# What waits for the Auto classes to be imported: one, or none.
+_finders: list[OnImport] = []
 
 
 def _replace(mapping: dict, key: str, value: Any) -> None:
@@ -56,49 +59,24 @@ def _register_models(auto: ModuleType, package: ModuleType) -> None:
 _REGISTER = {CONFIGURATION_AUTO: _register_configs, MODELING_AUTO: _register_models}
 
 
-class _RegisterOnImport(importlib.abc.MetaPathFinder):
-    """Finds transformers' two Auto modules as Python would, and registers as soon as one has run."""
-
-    def __init__(self, package: ModuleType):
-        self.package = package
-        self.searching = False
-
-    def find_spec(self, fullname, path, target=None):
-        if fullname not in _REGISTER or self.searching:
-            return None
-        self.searching = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self.searching = False
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            if self in sys.meta_path:
-                _REGISTER[fullname](module, self.package)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one import's loader
-        return spec
-
-
 def register_auto_classes(package: ModuleType | None = None) -> None:
     """From now on `AutoConfig`, `AutoModel`, `AutoModelForCausalLM`, `...ForSequenceClassification` and
     `...ForTokenClassification` give this package's classes for deepseek_v2, deepseek_v3 and kimi_k2."""
     unregister_auto_classes()
     package = package or sys.modules[__package__]
-    sys.meta_path.insert(0, _RegisterOnImport(package))
-    for name, register in _REGISTER.items():
+    register = {name: partial(function, package=package) for name, function in _REGISTER.items()}
+    _finders.append(OnImport(register))
+    sys.meta_path.insert(0, _finders[0])
+    for name, function in register.items():
         if name in sys.modules:
-            register(sys.modules[name], package)
+            function(sys.modules[name])
 
 
 def unregister_auto_classes() -> None:
     """Takes back what `import modeling_deepseek` changed: the Auto classes give transformers' own classes again.
     `register_auto_classes` turns it on again. Models that exist are not touched."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _RegisterOnImport)]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if finder not in _finders]
+    _finders.clear()
     while _replaced:
         mapping, key, before = _replaced.pop()
         if before is _MISSING:
