@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
-from time import monotonic
 from types import SimpleNamespace
 from typing import Any
 
@@ -247,11 +246,12 @@ class LatentBatchingManager(ContinuousBatchingManager):
         starter.join()
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
-        """As transformers'; within `generate_batch` it takes the steps that lead to the next result."""
+        """As transformers'; within `generate_batch` it takes the steps that lead to the next result, however long that
+        takes: to wait for a while in between would be to do nothing."""
         if isinstance(self._generation_thread, WaitingCaller):
-            end = None if timeout is None else monotonic() + timeout
-            while self.output_router.output_queue.empty() and self.is_running() and (end is None or monotonic() < end):
+            while self.output_router.output_queue.empty() and self.is_running():
                 self._take_step()
+            timeout = 0
         return super().get_result(request_id, timeout)
 
     def _take_step(self) -> None:

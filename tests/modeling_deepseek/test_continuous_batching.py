@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import queue
 import random
 import signal
 import socket
@@ -479,8 +480,8 @@ def test_requests_that_fail_are_an_exception_that_holds_the_rest(monkeypatch):
     assert len(result.generated_tokens) == 24
 
 
-@pytest.mark.parametrize("queue", [0, 2])
-def test_the_caller_of_generate_batch_does_the_work_itself(queue, monkeypatch):
+@pytest.mark.parametrize("queued", [0, 2])
+def test_the_caller_of_generate_batch_does_the_work_itself(queued, monkeypatch):
     """In a second thread, OpenMP would make a small model more than twice as slow on a CPU. A queue shorter than the
     prompts, for which transformers waits for its thread, is worked off on the way."""
     model, prompts, workers = tiny_model(), ragged(), set()
@@ -491,7 +492,7 @@ def test_the_caller_of_generate_batch_does_the_work_itself(queue, monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model.model, "forward", seen)
-    assert batched(model, prompts, max_queue_size=queue) == expected
+    assert batched(model, prompts, max_queue_size=queued) == expected
     assert workers == {threading.current_thread()}
     with model.continuous_batching_context_manager(
         GREEDY, continuous_batching_config=ContinuousBatchingConfig(**SMALL_PAGES)
@@ -517,6 +518,25 @@ def test_an_interrupted_batch_leaves_the_model_as_it_was(monkeypatch):
     assert len(calls) == 3
     assert model.training
     assert batched(model, prompts) == expected
+
+
+def test_the_caller_does_not_wait_beside_its_own_work(monkeypatch):
+    """However long the next result takes: transformers asks for it again and again, a second each time."""
+    model, get = tiny_model(), queue.Queue.get
+    forward = model.model.forward
+
+    def slow(*args, **kwargs):
+        time.sleep(0.1)
+        return forward(*args, **kwargs)
+
+    def at_once(self, block=True, timeout=None):
+        assert not (self.empty() and block and timeout != 0)
+        return get(self, block, timeout)
+
+    monkeypatch.setattr(model.model, "forward", slow)
+    monkeypatch.setattr(queue.Queue, "get", at_once)
+    config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    assert [len(text) for text in batched(model, ragged(3), config)] == [12] * 3
 
 
 # A server.
