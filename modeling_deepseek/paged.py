@@ -32,7 +32,7 @@ from transformers.generation.continuous_batching import (
 )
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.requests import GenerationOutput
-from transformers.generation.continuous_batching.utils import WorkloadHints
+from transformers.generation.continuous_batching.utils import WorkloadHints, drain_queue
 from transformers.utils import logging
 
 from .configuration_deepseek import DeepseekConfig
@@ -236,10 +236,23 @@ class LatentBatchingManager(ContinuousBatchingManager):
     def start(self) -> None:
         """As transformers', but a program that ends without `stop` (a server that is interrupted) does not wait for
         the thread for ever: it is a daemon, as what a daemon starts. Within `generate_batch` there is no thread."""
-        if CALLER_WAITS.get() and not self.is_running():
+        if CALLER_WAITS.get():
+            with self._request_lock:
+                if self.is_running():
+                    raise RuntimeError(
+                        "the manager that was kept by `persistent_manager=True` is at work, in another thread or in "
+                        "`continuous_batching_context_manager`: call `generate_batch` when it has ended, or hand this "
+                        "manager the requests by `add_requests`"
+                    )
+                self._generation_thread = WaitingCaller()  # type: ignore[assignment]
             self.background_thread_status.clear()
-            self.batch_processor, self.current_batch = self._create_batch_processor(), 0
-            self._generation_thread = WaitingCaller()  # type: ignore[assignment]
+            for left_over in (self.input_queue, self.cancel_queue, self.output_router.output_queue):
+                drain_queue(left_over)  # by a batch that was interrupted: these are no results of this one
+            try:
+                self.batch_processor, self.current_batch = self._create_batch_processor(), 0
+            except BaseException:
+                self._generation_thread = None
+                raise
             return
         starter = threading.Thread(target=super().start, daemon=True)
         starter.start()
@@ -296,6 +309,7 @@ class LatentBatchingManager(ContinuousBatchingManager):
         scheduler.block_new_requests = False
         return True
 
+    @torch.inference_mode(False)  # or what is made in it could not be written to outside, by the next batch
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         # What is made here knows the model by these four alone, the configuration being what sizes the pages.
         model, settings, hints = self.model, self.continuous_batching_config, self.workload_hints
@@ -319,6 +333,11 @@ class LatentBatchingManager(ContinuousBatchingManager):
                 except MemoryError:  # raised before anything is allocated: as many as fit
                     settings.num_blocks = None
             return super()._create_batch_processor()
+        except BaseException:
+            if self._original_attn_impl is not None:  # `stop`, which would see to it, is not called
+                model.set_attn_implementation(self._original_attn_impl)
+                self._original_attn_impl = None
+            raise
         finally:
             self.model = model
 

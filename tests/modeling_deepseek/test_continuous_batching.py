@@ -539,6 +539,48 @@ def test_the_caller_does_not_wait_beside_its_own_work(monkeypatch):
     assert [len(text) for text in batched(model, ragged(3), config)] == [12] * 3
 
 
+def test_a_batch_on_a_kept_manager_has_no_results_from_before():
+    model, prompts = tiny_model(), ragged()
+    expected, settings = padded_generate(model, prompts), ContinuousBatchingConfig(**SMALL_PAGES)
+    with model.continuous_batching_context_manager(
+        GREEDY, continuous_batching_config=settings, persistent_manager=True
+    ) as manager:
+        manager.add_requests(prompts)  # which nobody fetches
+    results = model.generate_batch(prompts, GREEDY, settings, persistent_manager=True)
+    assert [result.generated_tokens for result in results.values()] == expected
+    model.destroy_cached_continuous_batching_manager()
+
+
+def test_a_kept_manager_that_is_at_work_takes_no_batch():
+    """The batch would take the results of those who wait for them, and two callers would take one step."""
+    model, prompts = tiny_model(), ragged()
+    expected, settings = padded_generate(model, prompts), ContinuousBatchingConfig(**SMALL_PAGES)
+    model.generate_batch(prompts, GREEDY, settings, persistent_manager=True)
+    with model.continuous_batching_context_manager(GREEDY, continuous_batching_config=settings) as manager:
+        request = manager.add_request(prompts[0])
+        with pytest.raises(RuntimeError, match="is at work"):
+            model.generate_batch(prompts, GREEDY, settings)
+        result = next(iter(manager))
+        assert (result.request_id, result.generated_tokens) == (request, expected[0])
+
+
+def test_a_manager_made_in_inference_mode_goes_on_outside():
+    model, prompts = tiny_model(), ragged()
+    settings = ContinuousBatchingConfig(**SMALL_PAGES)
+    with torch.inference_mode():
+        first = model.generate_batch(prompts, GREEDY, settings, persistent_manager=True)
+    second = model.generate_batch(prompts, GREEDY, settings)
+    assert [a.generated_tokens for a in first.values()] == [b.generated_tokens for b in second.values()]
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_pages_that_do_not_fit_leave_the_attention_as_it_was(warmup):
+    model = tiny_model(attn_implementation="eager")
+    with pytest.raises(MemoryError):
+        model.generate_batch(ragged(), GREEDY, ContinuousBatchingConfig(num_blocks=10**9), warmup=warmup)
+    assert model.config._attn_implementation == "eager"
+
+
 # A server.
 
 
