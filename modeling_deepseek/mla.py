@@ -258,12 +258,13 @@ class DeepseekMLA(nn.Module):
         pages, latents = paged.pages(self.layer_idx), torch.cat([c_kv, k_rope], dim=-1)[0, 0]
         if pages.shape[1] > latents.shape[1]:  # a page holds an even number of values a token
             latents = F.pad(latents, (0, 1))
-        pages.index_copy_(0, paged.write_T, latents)
+        pages.index_copy_(0, paged.write_T, latents.to(pages.dtype))  # under autocast they differ
         outputs = []
         for group in paged.groups:
             q_nope, q_rope = (x[0][:, group.tokens_nQ].transpose(0, 1) for x in (q_nope_1HTN, q_rope_1HTR))
             source, rows = (latents, group.tokens_nQ) if group.rows_nS is None else (pages, group.rows_nS)
             read_n1SL = source.index_select(0, rows.flatten()).view(rows.shape[0], 1, rows.shape[1], -1)
+            read_n1SL = read_n1SL.to(latents.dtype)
             c_kv = read_n1SL[..., : self.kv_lora_rank]
             k_rope = read_n1SL[..., self.kv_lora_rank : self.kv_lora_rank + self.qk_rope_head_dim]
             outputs.append(self._run(q_nope, q_rope, c_kv, k_rope, group.mask)[0].flatten(0, 1))

@@ -581,6 +581,16 @@ def test_pages_that_do_not_fit_leave_the_attention_as_it_was(warmup):
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("path", ["expanded", "absorbed"])
+def test_under_autocast_the_tokens_are_those_of_generate(path):
+    """Trainer's and accelerate's mixed precision: the weights, and so the pages, are wider than the states."""
+    model, prompts = tiny_model(), ragged(4, 20)
+    model.config.mla_path = path
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        alone = [padded_generate(model, [prompt])[0] for prompt in prompts]
+        assert batched(model, prompts) == alone
+
+
 # A server.
 
 
