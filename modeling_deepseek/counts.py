@@ -11,6 +11,7 @@ E routed experts, K experts per token, F expert width, S tokens attended to.
 Neither torch nor transformers is imported: a configuration brings them, if it is one of transformers'.
 """
 
+import copy
 import difflib
 import os
 from collections.abc import Collection, Iterator
@@ -266,7 +267,10 @@ def training_flops(
     attention = attention_flops(config, "expanded", pairs=pairs)
     passes, linear = mtp_passes(config) if mtp else 0, float(linear_flops(config))
     if passes:
-        linear += linear_flops(config, mtp=True) * passes / config.num_nextn_predict_layers
+        all_but_last = copy.copy(config)
+        all_but_last.num_nextn_predict_layers -= 1
+        modules = linear_flops(config, mtp=True)
+        linear += modules + (config.mtp_passes - 1) * (modules - linear_flops(all_but_last, mtp=True))
     return (2 if frozen else 3) * linear + 3 * (config.num_hidden_layers + passes) * attention
 
 
@@ -355,7 +359,7 @@ def load_config(model: "str | os.PathLike[str] | DeepseekConfig") -> "DeepseekCo
         if name in PRESETS:
             config_class = DeepseekV2Config if PRESETS[name]["model_type"] == "deepseek_v2" else DeepseekV3Config
             return config_class.from_preset(name)
-        if not os.path.exists(name) and name.count("/") != 1:
+        if not os.path.exists(name) and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
             raise ValueError(unknown("model", name, list(PRESETS)) + ", or a folder or Hub id with a config.json")
         fields, _ = DeepseekV3Config.get_config_dict(name)
     else:

@@ -191,8 +191,8 @@ def test_training_flops_are_torchs():
     """Forward and backward of loss and MTP loss, without the masked half. The backward pass leaves out nothing but the
     gradient of the embeddings, which no product feeds."""
     ids = tokens(3, 32)
-    for modules, passes in ((2, 1), (1, 3)):
-        model = tiny_model("v3", num_nextn_predict_layers=modules, mtp_passes=passes).train()
+    for modules, passes, every in ((2, 3, 2), (2, 1, 1), (1, 3, 1)):  # of the first two modules one is dense
+        model = tiny_model("v3", num_nextn_predict_layers=modules, mtp_passes=passes, moe_layer_freq=every).train()
         step = measured(model, lambda model: model(ids, labels=ids, use_cache=False).loss.backward())
         assert training_flops(model.config, 32, causal=False) * 96 == step
     without = tiny_model("v3", num_nextn_predict_layers=0).train()
@@ -325,6 +325,9 @@ def test_configurations_are_found(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"has no config\.json that names"):
         load_config(tmp_path)
+    for name in ("./mistyped", "/mistyped", "~/mistyped"):  # no Hub id
+        with pytest.raises(ValueError, match=rf"unknown model '{name}'; one of .* or a folder or Hub id with"):
+            load_config(name)
 
 
 def test_transformers_own_configurations_are_read():
