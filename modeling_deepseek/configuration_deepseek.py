@@ -190,6 +190,8 @@ class DeepseekConfig(PreTrainedConfig):
         choices = self._CHOICES.get(name)
         if choices is not None and value not in choices:
             raise ValueError(f"`{name}` must be one of {choices}, got {value!r}")
+        if name in self._SET_LATER and isinstance(value, int) and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}")
         super().__setattr__(name, value)
 
     _CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -199,6 +201,8 @@ class DeepseekConfig(PreTrainedConfig):
         "mtp_hidden_state": ("after_norm", "before_norm"),
         "mla_path": ("auto", "expanded", "absorbed"),
     }
+    # Of the fields that must be positive, those that a model reads anew each time.
+    _SET_LATER: ClassVar[tuple[str, ...]] = ("mtp_passes", "mla_workspace_mib", "logits_workspace_mib")
     # The widths and ranks that must be positive, and the counts that may be zero.
     _POSITIVE: ClassVar[tuple[str, ...]] = (
         "vocab_size",

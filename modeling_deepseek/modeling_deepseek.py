@@ -73,7 +73,8 @@ class DeepseekCausalLMOutput(MoeCausalLMOutputWithPast):
 
     loss = lm_loss + mtp_loss_weight * mean(mtp_losses) + aux_loss_alpha * aux_loss
 
-    `lm_loss` is next-token cross-entropy alone, `mtp_losses` one value a module. All but `loss` carry no gradient.
+    `lm_loss` is next-token cross-entropy alone, `mtp_losses` one value a module, and one for each further pass through
+    the last one (`config.mtp_passes`). All but `loss` carry no gradient.
     """
 
     lm_loss: torch.Tensor | None = None

@@ -433,6 +433,15 @@ def test_choice_is_checked_when_it_is_assigned(field):
         setattr(config, field, "absorbd")
 
 
+@pytest.mark.parametrize("field", ["mtp_passes", "mla_workspace_mib", "logits_workspace_mib"])
+def test_a_field_to_set_on_a_model_is_checked_when_it_is_assigned(field):
+    """The loss would take no further pass, or one token at a time, and say nothing."""
+    config = tiny_config()
+    with pytest.raises(ValueError, match=rf"`{field}` must be at least 1, got 0"):
+        setattr(config, field, 0)
+    setattr(config, field, 1)
+
+
 def test_null_in_rope_scaling_is_as_good_as_absent(tmp_path):
     rope = {"type": "yarn", "factor": 4.0, "beta_fast": None, "original_max_position_embeddings": None}
     config = tiny_config(rope_scaling=rope)
