@@ -262,10 +262,19 @@ class LatentBatchingManager(ContinuousBatchingManager):
         """As transformers'; within `generate_batch` it takes the steps that lead to the next result, however long that
         takes: to wait for a while in between would be to do nothing."""
         if isinstance(self._generation_thread, WaitingCaller):
-            while self.output_router.output_queue.empty() and self.is_running():
+            results = self.output_router.output_queue
+            while results.empty() and self.is_running():
                 self._take_step()
+                # A cancelled request has no result. Of several ranks only the first knows what is still to come.
+                if self.distributed_helper.tp_size == 1 and results.empty() and not self._has_requests():
+                    logger.error("The requests that are left were cancelled.")
+                    self._generation_thread.alive = False
             timeout = 0
         return super().get_result(request_id, timeout)
+
+    def _has_requests(self) -> bool:
+        assert self.batch_processor is not None
+        return self.batch_processor.has_pending_requests() or not self.input_queue.empty()
 
     def _take_step(self) -> None:
         """What transformers' `_run_generation_loop` does again and again, with its ends."""

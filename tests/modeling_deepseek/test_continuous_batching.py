@@ -573,6 +573,26 @@ def test_a_manager_made_in_inference_mode_goes_on_outside():
     assert [a.generated_tokens for a in first.values()] == [b.generated_tokens for b in second.values()]
 
 
+def test_a_batch_ends_when_what_is_left_of_it_is_cancelled(monkeypatch):
+    model, prompts, calls = tiny_model(), ragged(3), []
+    settings, forward = ContinuousBatchingConfig(**SMALL_PAGES), model.model.forward
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    first = model.generate_batch(prompts, config, settings, persistent_manager=True)
+    manager = model.init_continuous_batching(config, settings)
+
+    def cancelling(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            manager.cancel_request("req_4")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", cancelling)
+    with pytest.raises(GenerationBatchError, match="1 of 3 requests failed") as error:
+        model.generate_batch(prompts, config, settings)
+    expected = [first["req_0"].generated_tokens, first["req_2"].generated_tokens]
+    assert [result.generated_tokens for result in error.value.results.values()] == expected
+
+
 @pytest.mark.parametrize("warmup", [True, False])
 def test_pages_that_do_not_fit_leave_the_attention_as_it_was(warmup):
     model = tiny_model(attn_implementation="eager")
