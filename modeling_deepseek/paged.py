@@ -446,6 +446,10 @@ class LatentBatching(ContinuousMixin):
         return results
 
 
+class RequestError(ValueError):
+    """A request that no model of this configuration can serve."""
+
+
 class GenerationBatchError(RuntimeError):
     """Requests of a batch failed. `results` holds those of the others, by request."""
 
@@ -465,16 +469,16 @@ def _asked_for(generation_config: GenerationConfig, settings: ContinuousBatching
 
 
 def check_request(config: PreTrainedConfig, prompt: Sequence[int], max_new_tokens: int) -> None:
-    """Raises `ValueError` for a prompt that is empty, has a token that is none, or is longer, with its new tokens, than
+    """Raises `RequestError` for a prompt that is empty, has a token that is none, or is longer, with its new tokens, than
     the model's positions: at the latest in the middle of a batch, it would end the others with it."""
     if not prompt:
-        raise ValueError("a prompt has no token; begin it with `bos_token_id`")
+        raise RequestError("a prompt has no token; begin it with `bos_token_id`")
     for token in prompt:
         if not 0 <= token < config.vocab_size:
-            raise ValueError(f"a prompt has the token {token}; the vocabulary ends with {config.vocab_size - 1}")
+            raise RequestError(f"a prompt has the token {token}; the vocabulary ends with {config.vocab_size - 1}")
     length, limit = len(prompt) + max_new_tokens, config.max_position_embeddings
     if length > limit:
-        raise ValueError(
+        raise RequestError(
             f"a prompt of {len(prompt)} tokens with {max_new_tokens} new ones exceeds `max_position_embeddings` {limit}"
             ": shorten it, or lower `max_new_tokens`"
         )

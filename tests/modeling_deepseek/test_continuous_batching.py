@@ -682,14 +682,14 @@ def test_a_server_answers_many_at_once_with_these_classes(tmp_path, teacher):
         answers = list(pool.map(lambda question: ask(url, question), QUESTIONS * 2))
         streamed = list(pool.map(lambda question: ask(url, question, stream=True), QUESTIONS))
         unlimited = ask(url, QUESTIONS[0], max_tokens=None)
-        long_status, _ = ask(url, "1 + " * 600)
+        too_long = [ask(url, "1 + " * 600, stream=stream) for stream in (False, True)]
     assert answers == [(200, text) for text in expected * 2]
     assert [text for _, text in streamed] == expected
     assert unlimited == (200, expected[0])
-    assert long_status == 500  # as for every error of transformers' server
-    log = (tmp_path / "log").read_text()
-    assert "CB: True" in log
-    assert "exceeds `max_position_embeddings` 512" in log
+    for status, body in too_long:
+        assert status == 400
+        assert "exceeds `max_position_embeddings` 512" in json.loads(body)["error"]["message"]
+    assert "CB: True" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow
