@@ -469,8 +469,8 @@ def _asked_for(generation_config: GenerationConfig, settings: ContinuousBatching
 
 
 def check_request(config: PreTrainedConfig, prompt: Sequence[int], max_new_tokens: int) -> None:
-    """Raises `RequestError` for a prompt that is empty, has a token that is none, or is longer, with its new tokens, than
-    the model's positions: at the latest in the middle of a batch, it would end the others with it."""
+    """Raises `RequestError` for a prompt that is empty, has a token that is none, or is longer, with its new tokens,
+    than the model's positions: at the latest in the middle of a batch, it would end the others with it."""
     if not prompt:
         raise RequestError("a prompt has no token; begin it with `bos_token_id`")
     for token in prompt:

@@ -30,10 +30,8 @@ def answering_bad_requests(build_server: Any) -> Any:
 
     @functools.wraps(build_server)
     def build(*args: Any, **kwargs: Any) -> Any:
-        from fastapi.responses import JSONResponse
-
-        async def bad_request(_: Any, error: Exception) -> JSONResponse:
-            return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, 400)
+        async def bad_request(_: Any, error: Exception) -> Any:
+            return server.JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, 400)
 
         app = build_server(*args, **kwargs)
         app.add_exception_handler(RequestError, bad_request)
