@@ -150,9 +150,8 @@ def loss_bytes(
     """Peak of the loss: logits, and three float32 copies when its backward pass begins (log-probabilities, gradient of
     the loss, gradient of the logits). More tokens than `config.logits_workspace_mib` holds the logits of pass in
     pieces, each adding to the head's gradient what it computed; otherwise MTP modules have theirs waiting beside."""
-    at_once = max(1, config.logits_workspace_mib * 2**20 // (4 * config.vocab_size))
-    if tokens > at_once:
-        return at_once * config.vocab_size * (dtype_bytes + 12) + head_gradient_bytes
+    if tokens > config.logits_at_once:
+        return config.logits_at_once * config.vocab_size * (dtype_bytes + 12) + head_gradient_bytes
     waiting = mtp_passes(config) if mtp else 0
     return tokens * config.vocab_size * (dtype_bytes + 12 + waiting * (4 + dtype_bytes))
 

@@ -16,12 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from transformers.distributed.utils import is_dtensor
 
 from .adapted_experts import PROJECTIONS, AdaptedExperts, ExpertProjection, let_peft_adapt
 from .decoder_layer import DeepseekDecoderLayer
 from .moe import DeepseekGate, DeepseekMoE
 from .mtp import DeepseekMTPLayer
+from .parallel import is_split
 
 SETS = ("attention", "dense_mlp", "shared_experts", "routed_experts", "mtp")
 """The sets that can be named. They do not overlap: "mtp" is all of the MTP modules, and the others leave these out."""
@@ -316,7 +316,7 @@ def _refuse_split_layers(model: nn.Module) -> None:
 
 
 def _refuse_sharded(name: str, experts: nn.Module) -> None:
-    if any(is_dtensor(parameter) for parameter in experts.parameters()):
+    if any(is_split(parameter) for parameter in experts.parameters()):
         raise ValueError(
             f"{name} is spread over devices already, and an adapter of routed experts would not be; adapt the model "
             "before accelerate shards it, or leave routed experts out of target_modules"

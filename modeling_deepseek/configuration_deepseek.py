@@ -332,6 +332,11 @@ class DeepseekConfig(PreTrainedConfig):
         """Values that the cache holds for one token over all layers: layers x (kv_lora_rank + qk_rope_head_dim)."""
         return self.num_hidden_layers * (self.kv_lora_rank + self.qk_rope_head_dim)
 
+    @property
+    def logits_at_once(self) -> int:
+        """How many tokens' float32 logits `logits_workspace_mib` holds, at least one."""
+        return max(1, self.logits_workspace_mib * 2**20 // (4 * self.vocab_size))
+
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether decoder layer `layer_idx` (MTP modules count on from `num_hidden_layers`) has routed experts."""
         if self.n_routed_experts is None:

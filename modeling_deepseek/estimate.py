@@ -245,12 +245,12 @@ def _print_count(arguments: argparse.Namespace) -> None:
 
 def _print_serve(arguments: argparse.Namespace) -> None:
     config = _model(arguments)
-    options: dict[str, Any] = {
-        "gpu": arguments.gpu, "gpus": arguments.gpus, "context_tokens": arguments.context,
-        "batch_size": arguments.batch, "weights_dtype": arguments.dtype, "cache_dtype": arguments.cache_dtype,
-        "split": arguments.split, "mtp": arguments.mtp, "prefill_tokens": arguments.prefill_tokens,
-        "dollars_per_gpu_hour": arguments.dollars,
+    held: dict[str, Any] = {
+        "context_tokens": arguments.context, "batch_size": arguments.batch, "weights_dtype": arguments.dtype,
+        "cache_dtype": arguments.cache_dtype, "gpus": arguments.gpus, "split": arguments.split, "mtp": arguments.mtp,
+        "prefill_tokens": arguments.prefill_tokens,
     }  # fmt: skip
+    options = {"gpu": arguments.gpu, **held, "dollars_per_gpu_hour": arguments.dollars}
     estimate = estimate_serving(config, **options)
     if arguments.json:
         fullest = {"bytes_per_gpu": estimate.memory.bytes_per_gpu}
@@ -276,7 +276,7 @@ def _print_serve(arguments: argparse.Namespace) -> None:
         per_gpu("  sum", estimate.memory.bytes_per_gpu),
         per_gpu("  of", estimate.gpu_memory_bytes),
     ]
-    way_out = "" if estimate.fits else _way_out(config, arguments)
+    way_out = "" if estimate.fits else _way_out(config, estimate.gpu_memory_bytes, held)
     if not estimate.fits:
         rows.append((f"does not fit{way_out}",))
     if arguments.dtype == "fp8" or "fp8" in way_out:
@@ -294,21 +294,15 @@ def _print_serve(arguments: argparse.Namespace) -> None:
     _print_rows(speed)
 
 
-def _way_out(config: "DeepseekConfig", arguments: argparse.Namespace) -> str:
-    """What would make it fit: fewer bytes for each weight, or more GPUs."""
-    memory = find_gpu(arguments.gpu).memory_bytes
+def _way_out(config: "DeepseekConfig", memory_bytes: int, held: dict[str, Any]) -> str:
+    """What would make it fit: fewer bytes for each weight, or more GPUs. `held` is asked of `serving_memory`."""
 
     def fits(**changed: Any) -> bool:
-        options = {
-            "batch_size": arguments.batch, "weights_dtype": arguments.dtype, "cache_dtype": arguments.cache_dtype,
-            "gpus": arguments.gpus, "split": arguments.split, "mtp": arguments.mtp,
-            "prefill_tokens": arguments.prefill_tokens, **changed,
-        }  # fmt: skip
-        return serving_memory(config, arguments.context, **options).bytes_per_gpu <= memory
+        return serving_memory(config, **{**held, **changed}).bytes_per_gpu <= memory_bytes
 
     ways = [f"--dtype {dtype}" for dtype in ("fp8", "int8", "nf4", "nf4-dq") if fits(weights_dtype=dtype)][:1]
-    whole_heads = [2**n for n in range(1, 8) if arguments.split == "layers" or config.num_attention_heads % 2**n == 0]
-    more = [gpus for gpus in whole_heads if gpus > arguments.gpus and fits(gpus=gpus)]
+    whole_heads = [2**n for n in range(1, 8) if held["split"] == "layers" or config.num_attention_heads % 2**n == 0]
+    more = [gpus for gpus in whole_heads if gpus > held["gpus"] and fits(gpus=gpus)]
     ways += [f"--gpus {count}" for count in more[:1]]
     return f"; it would with {' or with '.join(ways)}" if ways else ""
 

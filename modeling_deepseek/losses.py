@@ -18,15 +18,6 @@ from transformers.utils.import_utils import is_tracing
 IGNORE_INDEX = -100
 
 
-def tokens_at_once(workspace_mib: int, vocab_size: int) -> int:
-    """How many tokens' float32 logits `workspace_mib` MiB hold, at least one.
-
-    >>> tokens_at_once(512, 129280)
-    1038
-    """
-    return max(1, workspace_mib * 2**20 // (4 * vocab_size))
-
-
 def token_losses(head: nn.Module, hidden_BSD: torch.Tensor, targets_BS: torch.Tensor, chunk_size: int) -> torch.Tensor:
     """Cross-entropy (B, S) in float32 of what `head` makes of `hidden_BSD`, 0 where the target is -100.
 

@@ -32,7 +32,7 @@ from .adapters import teach_peft
 from .configuration_deepseek import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from .decoder_layer import DeepseekDecoderLayer
 from .layers import DeepseekRMSNorm, DeepseekRotaryEmbedding
-from .losses import token_losses, tokens_at_once
+from .losses import token_losses
 from .moe import DeepseekMoE, load_balancing_loss
 from .mtp import DeepseekMTPLayer, one_column_further, same_document, shift_left, targets_ahead
 from .packing import SequenceContext, documents, packed_positions, paged_context, sequence_context
@@ -291,7 +291,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, LatentBatching, GenerationMix
         items = n_targets if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=device)
         items = items.clamp(min=1)  # where nothing is to be predicted the loss is 0, not 0 / 0
         if logits is None:
-            losses_BS = token_losses(self.lm_head, outputs.last_hidden_state, targets_BS, self._tokens_at_once)
+            losses_BS = token_losses(self.lm_head, outputs.last_hidden_state, targets_BS, self.config.logits_at_once)
             lm_loss = losses_BS.sum() / items.to(losses_BS.device)
         else:
             lm_loss = self.loss_function(
@@ -334,11 +334,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, LatentBatching, GenerationMix
         if skip_logits is not None:
             return skip_logits
         in_training = self.training and torch.is_grad_enabled()
-        return can_skip and in_training and hidden_BSD.shape[:-1].numel() > self._tokens_at_once
-
-    @property
-    def _tokens_at_once(self) -> int:
-        return tokens_at_once(self.config.logits_workspace_mib, self.config.vocab_size)
+        return can_skip and in_training and hidden_BSD.shape[:-1].numel() > self.config.logits_at_once
 
     def next_targets(
         self, labels_BS: torch.Tensor | None, shift_labels_BS: torch.Tensor | None, inputs: dict[str, Any]
@@ -406,7 +402,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, LatentBatching, GenerationMix
             if context.valid_BS is not None:  # neither padding, nor a last token that sees padding ahead
                 valid_BS = valid_BS & context.valid_BS & shift_left(context.valid_BS, depth, fill=False)
             ahead_BS = targets_ahead(targets_BS, context.documents_BS, depth).masked_fill(~valid_BS, -100)
-            losses_BS = token_losses(self.lm_head, normed_BSD, ahead_BS, self._tokens_at_once)
+            losses_BS = token_losses(self.lm_head, normed_BSD, ahead_BS, self.config.logits_at_once)
             losses.append((losses_BS, ahead_BS.to(losses_BS.device) != -100))
             if logits_TE is not None:
                 self.model.record_load(layer, indices_TK, valid_BS)

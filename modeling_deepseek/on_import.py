@@ -10,7 +10,7 @@ from typing import Any
 
 class OnImport(importlib.abc.MetaPathFinder):
     """Finds the modules that `then` names as Python would, and calls its function for each as soon as it has run. Works
-    for as long as it stands first on `sys.meta_path`; modules that are there already are the caller's business."""
+    for as long as it stands in front on `sys.meta_path`; modules that are there already are the caller's business."""
 
     def __init__(self, then: Mapping[str, Callable[[ModuleType], Any]]):
         self.then = then

@@ -229,21 +229,13 @@ def estimate_training(
     at_least_one(gpus=gpus, context_tokens=context_tokens, batch_size=batch_size)
     within_context(config, context_tokens)
     one_of("optimizer", optimizer, OPTIMIZERS)
-    adapters = None
-    if lora_rank is None:
-        precision = "mixed" if precision is None else precision
-        one_of("precision", precision, PRECISIONS)
-        if lora_sets is not None or base_dtype is not None:
-            raise ValueError("`lora_sets` and `base_dtype` are of adapters: pass `lora_rank` too, or leave them out")
-    else:
-        at_least_one(lora_rank=lora_rank)
-        if precision is not None:
-            raise ValueError(
-                "`precision` is of full training: with `lora_rank`, `base_dtype` says how weights are held"
-            )
-        adapters = Adapters(lora_rank, tuple(lora_sets or ("attention",)))
-        if "mtp" in adapters.sets and not mtp:
-            raise ValueError("`lora_sets` name 'mtp', but `mtp=False` leaves the MTP modules out")
+    one_of("precision", precision or "mixed", PRECISIONS)
+    above_zero(tokens=tokens, tokens_per_second=tokens_per_second, dollars_per_gpu_hour=dollars_per_gpu_hour)
+    if tokens is None and dollars_per_gpu_hour is not None:
+        raise ValueError("a price for a GPU's hour needs the `tokens` of the run to become dollars")
+    if tokens is not None and mfu is None and tokens_per_second is None:
+        raise ValueError("`tokens` need `mfu` or a measured `tokens_per_second` to become hours")
+    adapters = _adapters(lora_rank, lora_sets, precision, base_dtype, mtp)
     memory = training_memory(
         config, context_tokens, batch_size=batch_size, gpus=gpus, precision=precision or "mixed", optimizer=optimizer,
         checkpointing=checkpointing, accumulates=accumulates, sharded=sharded, mtp=mtp, adapters=adapters,
@@ -251,23 +243,8 @@ def estimate_training(
     )  # fmt: skip
     count = count_parameters(config)
     flops = training_flops(config, context_tokens, mtp=mtp, frozen=adapters is not None)
-    peak = gpus * card.bf16_flops_per_second
-    above_zero(tokens=tokens, tokens_per_second=tokens_per_second, dollars_per_gpu_hour=dollars_per_gpu_hour)
-    if dollars_per_gpu_hour is not None and tokens is None:
-        raise ValueError("a price for a GPU's hour needs the `tokens` of the run to become dollars")
-    if mfu is not None and tokens_per_second is not None:
-        raise ValueError("`mfu` and `tokens_per_second` both say how fast it is: pass one of them")
-    if tokens is not None and mfu is None and tokens_per_second is None:
-        raise ValueError("`tokens` need `mfu` or a measured `tokens_per_second` to become hours")
-    if mfu is not None:
-        if not 0 < mfu <= 1:
-            raise ValueError(f"`mfu` must lie in (0, 1], got {mfu}")
-        tokens_per_second = mfu * peak / flops
-    elif tokens_per_second is not None:
-        mfu = tokens_per_second * flops / peak
-    hours = None
-    if tokens is not None and tokens_per_second is not None:
-        hours = tokens / tokens_per_second / 3600
+    mfu, tokens_per_second = _speed(mfu, tokens_per_second, gpus * card.bf16_flops_per_second / flops)
+    hours = None if tokens is None or tokens_per_second is None else tokens / tokens_per_second / 3600
     gpu_hours = None if hours is None else hours * gpus
     return TrainingEstimate(
         parameters=count.total if mtp else count.main,
@@ -281,3 +258,31 @@ def estimate_training(
         gpu_hours=gpu_hours,
         dollars=None if gpu_hours is None or dollars_per_gpu_hour is None else gpu_hours * dollars_per_gpu_hour,
     )
+
+
+def _adapters(
+    rank: int | None, sets: Sequence[str] | None, precision: str | None, base_dtype: str | None, mtp: bool
+) -> Adapters | None:
+    """What `estimate_training` is asked to train; None for all parameters."""
+    if rank is None:
+        if sets is not None or base_dtype is not None:
+            raise ValueError("`lora_sets` and `base_dtype` are of adapters: pass `lora_rank` too, or leave them out")
+        return None
+    at_least_one(lora_rank=rank)
+    if precision is not None:
+        raise ValueError("`precision` is of full training: with `lora_rank`, `base_dtype` says how weights are held")
+    adapters = Adapters(rank, tuple(sets or ("attention",)))
+    if "mtp" in adapters.sets and not mtp:
+        raise ValueError("`lora_sets` name 'mtp', but `mtp=False` leaves the MTP modules out")
+    return adapters
+
+
+def _speed(mfu: float | None, tokens_per_second: float | None, most: float) -> tuple[float | None, float | None]:
+    """Both from the one that is given, where `most` tokens a second would be an MFU of 1."""
+    if mfu is not None and tokens_per_second is not None:
+        raise ValueError("`mfu` and `tokens_per_second` both say how fast it is: pass one of them")
+    if mfu is not None:
+        if not 0 < mfu <= 1:
+            raise ValueError(f"`mfu` must lie in (0, 1], got {mfu}")
+        return mfu, mfu * most
+    return (None, None) if tokens_per_second is None else (tokens_per_second / most, tokens_per_second)

@@ -145,7 +145,7 @@ def in_chunks(folder: Path, layout: str) -> None:
     spread, whole = load(folder / "v3", layout), load(folder / "v3")
     spread.config.logits_workspace_mib = 1
     spread.config.vocab_size, vocab_size = 2**18, spread.config.vocab_size  # one token's logits are the whole workspace
-    assert spread._tokens_at_once == 1
+    assert spread.config.logits_at_once == 1
     rows = mine(tokens(4, 10), layout)
     ours = spread.train()(rows, labels=rows)
     assert ours.logits is None

@@ -1,5 +1,5 @@
 """Rows of the benchmark table: a training step of LoRA on routed experts against PEFT's own wrapper of stacked weights
-on transformers' class, with the same adapter (saved there, loaded here)."""
+on transformers' class, with the same adapter (saved there, loaded here); and what is adapted where a set is named."""
 
 import tempfile
 import warnings
@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rows import DEVICE, TRAINED, Row, both, timed
+
+from tests.modeling_deepseek import test_adapters
+from tests.tiny import tiny_model
 
 
 def kept_bytes(step, model: torch.nn.Module) -> int:
@@ -64,4 +67,15 @@ def expert_adapters(alternate) -> Iterator[Row]:
         yield Row(f"kept for its backward pass, {name}", ours_mib, theirs_mib, f"{memory[1] / memory[0]:.2f}x", "less")
 
 
-ROWS = {"expert adapters": expert_adapters}
+def named_sets(alternate) -> Iterator[Row]:
+    for targets in (*test_adapters.SETS, "all-linear"):
+        model = test_adapters.adapt(tiny_model(), targets)
+        names = test_adapters.adapted(model)
+        assert names == test_adapters.SETS.get(targets, test_adapters.ALL)
+        unmerged = test_adapters.outputs(model)
+        gap = (test_adapters.outputs(model.merge_and_unload()) - unmerged).abs().max()
+        name = f"LoRA on {targets}, {len(names)} layers, merged - unmerged"
+        yield Row(name, f"{gap:.1e}", "", "", "<= 1e-5, these only")
+
+
+ROWS = {"expert adapters": expert_adapters, "adapter sets": named_sets}

@@ -79,7 +79,8 @@ def main(words: list[str]) -> None:
         if words and not any(word in name for word in words):
             continue
         for row in measure(alternate):
-            print(f"{row.name:58} {row.ours:>12} {row.theirs:>13} {row.ratio:>8}  {row.goal}", flush=True)
+            name = row.name if len(row.name) <= 58 else f"{row.name}\n{'':58}"
+            print(f"{name:58} {row.ours:>12} {row.theirs:>13} {row.ratio:>8}  {row.goal}", flush=True)
 
 
 if __name__ == "__main__":

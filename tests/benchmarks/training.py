@@ -9,7 +9,7 @@ from rows import DEVICE, TRAINED, Row, timed
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modeling_deepseek import DeepseekV3Config, DeepseekV3ForCausalLM
-from modeling_deepseek.losses import token_losses, tokens_at_once
+from modeling_deepseek.losses import token_losses
 from tests.modeling_deepseek.test_losses import peak
 from tests.modeling_deepseek.test_training import Kept
 
@@ -28,7 +28,7 @@ def loss_sides(tokens: int, width: int):
         loss.backward()
         return loss.item()
 
-    chunk_size = tokens_at_once(WORKSPACE_MIB, VOCABULARY)
+    chunk_size = DeepseekV3Config(vocab_size=VOCABULARY, logits_workspace_mib=WORKSPACE_MIB).logits_at_once
     return (
         lambda: backward(token_losses(head, hidden, targets, chunk_size).sum() / tokens),
         lambda: backward(ForCausalLMLoss(head(hidden), None, VOCABULARY, shift_labels=targets)),

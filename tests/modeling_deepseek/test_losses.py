@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from modeling_deepseek.losses import gathers_at_every_call, token_losses, tokens_at_once
+from modeling_deepseek.losses import gathers_at_every_call, token_losses
 from tests import spread
 from tests.ranks import on_ranks
-from tests.tiny import tiny_model, tokens
+from tests.tiny import tiny_config, tiny_model, tokens
 
 VOCABULARY = 2**15  # of which 1 MiB holds the logits of 8 tokens
 LARGE = {"vocab_size": VOCABULARY, "logits_workspace_mib": 1, "initializer_range": 0.1}
@@ -44,7 +44,7 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     ("mib", "words", "expected"), [(512, 129280, 1038), (1, 2**18, 1), (1, 2**30, 1), (2, 256, 2048)]
 )
 def test_tokens_at_once_by_hand(mib, words, expected):
-    assert tokens_at_once(mib, words) == expected
+    assert tiny_config(vocab_size=words, logits_workspace_mib=mib).logits_at_once == expected
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 8, 23, 24])
@@ -363,19 +363,21 @@ def test_ranks_with_more_targets_do_not_wait_for_the_others(tmp_path, head_alone
 PROGRAM = """
 import json, sys, torch
 from transformers.loss.loss_utils import ForCausalLMLoss
-from modeling_deepseek.losses import token_losses, tokens_at_once
+from modeling_deepseek import DeepseekV3Config
+from modeling_deepseek.losses import token_losses
 
 side, tokens, words, width, mib = sys.argv[1], *map(int, sys.argv[2:])
 torch.manual_seed(0)
 head = torch.nn.Linear(width, words, bias=False)
 hidden = torch.randn(1, tokens, width, requires_grad=True)
 targets = torch.randint(0, words, (1, tokens))
+chunk_size = DeepseekV3Config(vocab_size=words, logits_workspace_mib=mib).logits_at_once
 
 def loss(rows):
     states, wanted = hidden[:, :rows], targets[:, :rows]
     if side == "whole":
         return ForCausalLMLoss(head(states), None, words, shift_labels=wanted)
-    return token_losses(head, states, wanted, tokens_at_once(mib, words)).sum() / rows
+    return token_losses(head, states, wanted, chunk_size).sum() / rows
 
 def mark(key):
     with open("/proc/self/status") as status:
